@@ -1,0 +1,329 @@
+"""The hash layout: every constant that turns token ids into table rows; frozen, to and from JSON; numpy only.
+
+Shape letters: B batch, T positions, J look-back positions kept, C columns (order-major, head-minor).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram import EngramError
+from engram.builders import hash_constants
+from engram.kernels import reference
+
+Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+VERSION = 1
+ROW_MULTIPLE = {"demo": 1, "v41": 1, "qwen-ple": 128}  # stored tables are padded to a multiple of this many rows
+
+
+class LayoutError(EngramError):
+    """A layout that cannot be built, read or applied."""
+
+
+@dataclass(frozen=True)
+class Lookback:
+    """What the next call must know of the tokens before it: the last J compressed ids and where the walk stops."""
+
+    ids_BJ: Ints
+    start_BJ: Flags
+    stop_BJ: Flags
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Dialect and constants of one model's memory; `rows` is the one function that everything else needs."""
+
+    dialect: str
+    orders: tuple[int, ...]
+    heads: int
+    head_dim: int
+    layers: tuple[int, ...]
+    seed: int
+    pad_id: int
+    vocab_size: int
+    compressed_size: int
+    token_map: Ints | None = field(repr=False)
+    multipliers: dict[int, tuple[int, ...]]
+    primes: dict[int, tuple[tuple[int, ...], ...]]
+    table_rows: dict[int, int]
+    reset_id: int | None = None
+    dead_ids: tuple[int, ...] = ()
+    tokenizer_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse constants that contradict each other."""
+        _check_choices(self.dialect, self.orders, self.layers)
+        for name, value in (("heads", self.heads), ("head_dim", self.head_dim), ("vocab_size", self.vocab_size)):
+            if value < 1:
+                raise LayoutError(f"{name} {value} must be at least 1")
+        if not 0 <= self.pad_id < self.vocab_size:
+            raise LayoutError(f"pad_id {self.pad_id} is outside the vocabulary of {self.vocab_size} ids")
+        if self.token_map is not None and self.token_map.shape != (self.vocab_size,):
+            raise LayoutError(f"token map has shape {self.token_map.shape}, vocab_size {self.vocab_size} asks for one")
+        for layer in self.layers:
+            self._check_layer(layer)
+
+    def _check_layer(self, layer: int) -> None:
+        multipliers, primes = self.multipliers.get(layer, ()), self.primes.get(layer, ())
+        if len(multipliers) != self.orders[-1]:
+            raise LayoutError(f"layer {layer} has {len(multipliers)} multipliers, highest order is {self.orders[-1]}")
+        if [len(heads) for heads in primes] != [self.heads] * len(self.orders):
+            raise LayoutError(f"layer {layer} needs {self.heads} primes for each of the orders {list(self.orders)}")
+        needed = sum(sum(heads) for heads in primes)
+        if self.table_rows.get(layer, -1) < needed or min(min(heads) for heads in primes) < 1:
+            raise LayoutError(f"layer {layer} stores {self.table_rows.get(layer)} rows, its primes need {needed}")
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        dialect: str,
+        orders: Sequence[int],
+        heads: int,
+        head_dim: int,
+        layers: Sequence[int],
+        rows_per_head: int | Sequence[int],
+        seed: int = 0,
+        pad_id: int,
+        vocab_size: int,
+        token_map: Ints | None = None,
+        reset_id: int | None = None,
+        dead_ids: Sequence[int] = (),
+        tokenizer_sha256: str = "",
+    ) -> Layout:
+        """Derive multipliers and primes by the dialect's rules.
+
+        `rows_per_head` is where the search for primes starts, one number or one for each order. `vocab_size` is the
+        number of raw ids; with a token map the number of distinct compressed ids is taken from it.
+
+        Raises LayoutError where a value breaks a rule.
+        """
+        _check_choices(dialect, orders, layers)
+        sizes = [rows_per_head] * len(orders) if isinstance(rows_per_head, int) else list(rows_per_head)
+        if len(sizes) != len(orders) or min(sizes, default=0) < 1:
+            raise LayoutError(f"rows_per_head {sizes} must be one positive number, or one for each of {list(orders)}")
+        if dialect == "qwen-ple" and (token_map is not None or reset_id is None):
+            raise LayoutError(
+                "dialect 'qwen-ple' hashes raw ids and resets at a token", hint="pass no token map and a reset_id"
+            )
+        compressed = vocab_size if token_map is None else int(token_map.max()) + 1
+        top = orders[-1]
+        if dialect == "qwen-ple":
+            multipliers = {
+                layer: hash_constants.splitmix_multipliers(compressed, place, top, seed)
+                for place, layer in enumerate(layers)
+            }
+        else:
+            multipliers = {layer: hash_constants.pcg_multipliers(compressed, layer, top, seed) for layer in layers}
+        primes = hash_constants.prime_moduli(list(layers), sizes, heads)
+        multiple = ROW_MULTIPLE[dialect]
+        table_rows = {layer: -(-sum(map(sum, primes[layer])) // multiple) * multiple for layer in layers}
+        return cls(
+            dialect=dialect, orders=tuple(orders), heads=heads, head_dim=head_dim, layers=tuple(layers), seed=seed,
+            pad_id=pad_id, vocab_size=vocab_size, compressed_size=compressed,
+            token_map=None if token_map is None else np.ascontiguousarray(token_map, dtype=np.int64),
+            multipliers=multipliers, primes=primes, table_rows=table_rows, reset_id=reset_id,
+            dead_ids=tuple(dead_ids), tokenizer_sha256=tokenizer_sha256,
+        )  # fmt: skip
+
+    @property
+    def columns(self) -> int:
+        """Rows that one token reads in one layer."""
+        return len(self.orders) * self.heads
+
+    @property
+    def memory_width(self) -> int:
+        """Width E of `memory_BTE`: the rows of all columns side by side."""
+        return self.columns * self.head_dim
+
+    def offsets(self, layer: int) -> Ints:
+        """First row of every column in the layer's table, int64 [C]."""
+        flat = [prime for heads in self.primes[layer] for prime in heads]
+        return np.cumsum([0, *flat[:-1]], dtype=np.int64)
+
+    def compress(self, ids_BT: Ints) -> Ints:
+        """Compressed ids, elementwise; negative ids pass through (demo and V4.1), any other outsider is an error."""
+        ids = np.asarray(ids_BT, dtype=np.int64)
+        lowest = 0 if self.dialect == "qwen-ple" else None
+        if ids.size and (int(ids.max()) >= self.vocab_size or (lowest is not None and int(ids.min()) < lowest)):
+            outsider = int(ids.max()) if int(ids.max()) >= self.vocab_size else int(ids.min())
+            raise LayoutError(
+                f"token id {outsider} is outside the layout's vocabulary of {self.vocab_size} ids",
+                hint="the text was tokenized by another tokenizer than the one that the layout was built for",
+            )
+        if self.token_map is None:
+            return ids
+        return np.where(ids >= 0, self.token_map[np.maximum(ids, 0)], ids)
+
+    def _flags(self, ids_BT: Ints, start_BT: Flags | None) -> tuple[Flags, Flags, Flags]:
+        dead = np.isin(ids_BT, self.dead_ids) if self.dead_ids else np.zeros(ids_BT.shape, dtype=bool)
+        if self.dialect == "v41":
+            dead = dead | (ids_BT < 0)
+        stop = dead if self.reset_id is None else dead | (ids_BT == self.reset_id)
+        start = np.zeros(ids_BT.shape, dtype=bool) if start_BT is None else np.asarray(start_BT, dtype=bool)
+        return dead, start, stop
+
+    def _beginning(self, batch: int) -> Lookback:
+        kept = self.orders[-1] - 1
+        nothing = np.zeros((batch, kept), dtype=bool)
+        return Lookback(np.zeros((batch, kept), dtype=np.int64), nothing, ~nothing)
+
+    def rows(
+        self,
+        ids_BT: NDArray[Any],
+        history: Lookback | None = None,
+        *,
+        start_BT: Flags | None = None,
+        local: bool = False,
+        layers: Sequence[int] | None = None,
+    ) -> dict[int, Ints]:
+        """Row ids of every position, by layer: int64 [B, T, C], absolute in the layer's table unless `local`.
+
+        `history` carries the tokens before this call (none: the text begins here). `start_BT` marks positions that
+        begin a document or are left padding: no look-back crosses into what lies before them.
+
+        Raises LayoutError for an id outside the vocabulary.
+        """
+        raw = np.asarray(ids_BT, dtype=np.int64)
+        before = self._beginning(raw.shape[0]) if history is None else history
+        dead, start, stop = self._flags(raw, start_BT)
+        fill = self.reset_id if self.reset_id is not None else int(self.compress(np.array(self.pad_id)))
+        tokens = reference.look_back(
+            self.compress(raw), dead,
+            np.concatenate([before.start_BJ, start], axis=1), np.concatenate([before.stop_BJ, stop], axis=1),
+            before.ids_BJ, fill=fill, depth=self.orders[-1],
+        )  # fmt: skip
+        out = {}
+        for layer in self.layers if layers is None else layers:
+            head_local = reference.hash_ngrams(tokens, self.multipliers[layer], self.orders, self.primes[layer])
+            out[layer] = head_local if local else head_local + self.offsets(layer)
+        return out
+
+    def history(self, ids_BT: NDArray[Any], history: Lookback | None = None, start_BT: Flags | None = None) -> Lookback:
+        """What a following call needs to know after these ids."""
+        raw = np.asarray(ids_BT, dtype=np.int64)
+        before = self._beginning(raw.shape[0]) if history is None else history
+        _, start, stop = self._flags(raw, start_BT)
+        begin = raw.shape[1]  # the last J of J + T positions
+        return Lookback(
+            np.concatenate([before.ids_BJ, self.compress(raw)], axis=1)[:, begin:],
+            np.concatenate([before.start_BJ, start], axis=1)[:, begin:],
+            np.concatenate([before.stop_BJ, stop], axis=1)[:, begin:],
+        )
+
+    def map_sha256(self) -> str:
+        """SHA-256 of the token map as little-endian int64, or of nothing where raw ids are hashed."""
+        return hashlib.sha256(b"" if self.token_map is None else self.token_map.astype("<i8").tobytes()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the token map itself, which is named by its SHA-256."""
+        return {
+            "version": VERSION, "dialect": self.dialect, "orders": list(self.orders), "heads": self.heads,
+            "head_dim": self.head_dim, "layers": list(self.layers), "seed": self.seed, "pad_id": self.pad_id,
+            "vocab_size": self.vocab_size, "compressed_size": self.compressed_size,
+            "compressed": self.token_map is not None, "token_map_sha256": self.map_sha256(),
+            "multipliers": {str(layer): list(values) for layer, values in self.multipliers.items()},
+            "primes": {str(layer): [list(heads) for heads in values] for layer, values in self.primes.items()},
+            "table_rows": {str(layer): rows for layer, rows in self.table_rows.items()},
+            "reset_id": self.reset_id, "dead_ids": list(self.dead_ids), "tokenizer_sha256": self.tokenizer_sha256,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], token_map: Ints | None) -> Layout:
+        """The inverse of `to_json`; refuses other versions, missing fields and a token map of another hash."""
+        if data.get("version") != VERSION:
+            raise LayoutError(f"layout has version {data.get('version')!r}, this release reads {VERSION}")
+        try:
+            layout = cls(
+                dialect=data["dialect"], orders=tuple(data["orders"]), heads=data["heads"], head_dim=data["head_dim"],
+                layers=tuple(data["layers"]), seed=data["seed"], pad_id=data["pad_id"], vocab_size=data["vocab_size"],
+                compressed_size=data["compressed_size"], token_map=token_map,
+                multipliers={int(layer): tuple(values) for layer, values in data["multipliers"].items()},
+                primes={int(layer): tuple(map(tuple, values)) for layer, values in data["primes"].items()},
+                table_rows={int(layer): rows for layer, rows in data["table_rows"].items()},
+                reset_id=data["reset_id"], dead_ids=tuple(data["dead_ids"]),
+                tokenizer_sha256=data["tokenizer_sha256"],
+            )  # fmt: skip
+            expected = data["token_map_sha256"]
+        except KeyError as missing:
+            raise LayoutError(f"layout lacks the field {missing.args[0]!r}") from None
+        except (TypeError, ValueError, AttributeError) as wrong:
+            raise LayoutError(f"layout has a field of the wrong type: {wrong}") from None
+        if layout.map_sha256() != expected:
+            raise LayoutError(
+                f"token map has SHA-256 {layout.map_sha256()}, the layout names {expected}",
+                hint="token_map.safetensors belongs to another layout or was altered",
+            )
+        return layout
+
+    def save(self, folder: Path) -> None:
+        """Write layout.json and, where ids are compressed, token_map.safetensors."""
+        self.save_map(folder)
+        _write(folder / "layout.json", (json.dumps(self.to_json(), indent=1) + "\n").encode())
+
+    def save_map(self, folder: Path) -> None:
+        """Write token_map.safetensors (tensor `token_map`, I64 [vocab_size]) where ids are compressed."""
+        if self.token_map is not None:
+            from safetensors.numpy import save
+
+            _write(folder / "token_map.safetensors", save({"token_map": self.token_map}))
+
+    @classmethod
+    def load(cls, folder: Path) -> Layout:
+        """From a layout folder, a checkpoint or a package."""
+        for name in ("layout.json", "engram.json"):
+            if (folder / name).is_file():
+                break
+        else:
+            raise LayoutError(
+                f"{folder} holds neither layout.json nor engram.json", hint="make one with: engram build-vocab"
+            )
+        try:
+            data = json.loads((folder / name).read_bytes())
+            data = data["layout"] if name == "engram.json" else data
+        except (ValueError, KeyError, TypeError) as wrong:
+            raise LayoutError(f"{folder / name} is not a layout: {wrong!r}") from None
+        return cls.from_json(data, read_token_map(folder / "token_map.safetensors") if data.get("compressed") else None)
+
+
+def _check_choices(dialect: str, orders: Sequence[int], layers: Sequence[int]) -> None:
+    if dialect not in ROW_MULTIPLE:
+        raise LayoutError(f"dialect {dialect!r} is not known", hint="use one of: " + ", ".join(sorted(ROW_MULTIPLE)))
+    if not orders or min(orders) < 1 or list(orders) != sorted(set(orders)):
+        raise LayoutError(f"orders {list(orders)} must be ascending numbers of at least 1, each once")
+    if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
+        raise LayoutError(f"layers {list(layers)} must be block numbers from 0, each once, at least one")
+
+
+def read_token_map(path: Path) -> Ints:
+    """The I64 tensor `token_map` of a safetensors file; LayoutError where it is missing or of another kind."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        token_map = load_file(path)["token_map"]
+    except (OSError, SafetensorError, KeyError) as wrong:
+        raise LayoutError(f"{path} holds no readable tensor 'token_map': {wrong}") from None
+    if token_map.dtype != np.int64 or token_map.ndim != 1 or not token_map.size or int(token_map.min()) < 0:
+        raise LayoutError(f"{path}: 'token_map' must be one axis of non-negative I64, found {token_map.dtype}")
+    return token_map
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,112 @@
+"""The readable truth of every array operation; the fast paths must equal it (hash and gather bit for bit).
+
+Shape letters: B batch, T positions of this call, J look-back positions kept (highest order minus one), K look-back
+distance (0 is the token itself), O orders, H heads, C columns = O * H in order-major, head-minor sequence,
+N rows, D hidden width, E memory width, M residual branches, W kernel width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+Floats = NDArray[np.floating]
+
+
+def look_back(
+    ids_BT: Ints, dead_BT: Flags, start_BJT: Flags, stop_BJT: Flags, history_BJ: Ints, *, fill: int, depth: int
+) -> Ints:
+    """The ids at distances 0 … depth-1 of every position, `fill` where the walk back is blocked: int64 [B, T, K].
+
+    The walk from position t is blocked at distance k, and at every larger one, when t itself is dead, when a position
+    that it steps over starts a segment (`start`), or when the position reached, or one before it, may not be looked
+    at (`stop`: dead, an end-of-document token, or nothing before the first token). `start` and `stop` cover the kept
+    history and this call: [B, J + T].
+    """
+    kept, length = history_BJ.shape[1], ids_BT.shape[1]
+    ids_BJT = np.concatenate([history_BJ, ids_BT], axis=1)
+    out_BTK = np.empty((*ids_BT.shape, depth), dtype=np.int64)
+    blocked_BT = dead_BT.copy()
+    out_BTK[..., 0] = np.where(blocked_BT, fill, ids_BT)
+    for k in range(1, depth):
+        here = slice(kept - k, kept - k + length)
+        stepped = slice(kept - k + 1, kept - k + 1 + length)
+        blocked_BT |= start_BJT[:, stepped] | stop_BJT[:, here]
+        out_BTK[..., k] = np.where(blocked_BT, fill, ids_BJT[:, here])
+    return out_BTK
+
+
+def hash_ngrams(
+    tokens_BTK: Ints, multipliers_K: Sequence[int], orders_O: Sequence[int], primes_OH: Sequence[Sequence[int]]
+) -> Ints:
+    """Head-local row ids, int64 [B, T, C].
+
+    For order n: h = XOR over k < n of tokens[k] * multipliers[k] in wrapping int64, then h mod prime for each head,
+    with the modulo of mathematics (never negative).
+    """
+    columns: list[Ints] = []
+    mixed_BT = np.zeros(tokens_BTK.shape[:-1], dtype=np.int64)
+    done = 0
+    for order, primes_H in zip(orders_O, primes_OH, strict=True):
+        for k in range(done, order):
+            mixed_BT = mixed_BT ^ (tokens_BTK[..., k] * np.int64(multipliers_K[k]))
+        done = order
+        columns.append(np.remainder(mixed_BT[..., None], np.asarray(primes_H, dtype=np.int64)))
+    return np.concatenate(columns, axis=-1)
+
+
+def gather(table_ND: Floats, rows_BTC: Ints) -> Floats:
+    """Rows of one table, concatenated in column order: [B, T, C * row width]."""
+    return table_ND[rows_BTC].reshape(*rows_BTC.shape[:-1], -1)
+
+
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
+    """x / sqrt(mean(x²) + eps) * weight over the last axis."""
+    out: Floats = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps) * weight
+    return out
+
+
+def signed_sqrt(score: Floats, *, zero_is_positive: bool) -> Floats:
+    """sign(s) * sqrt(max(|s|, 1e-6)); at s = 0 the sign is 0 (demo) or that of the zero's bit (V4.1's copysign)."""
+    root = np.sqrt(np.maximum(np.abs(score), 1e-6))
+    out: Floats = np.copysign(root, score) if zero_is_positive else np.sign(score) * root
+    return out
+
+
+def gate(
+    hidden_BTMD: Floats, key_BTMD: Floats, query_norm_MD: Floats, key_norm_MD: Floats, *, eps: float, kind: str
+) -> Floats:
+    """How far each branch opens to the memory, 0 … 1: [B, T, M].
+
+    score = <rms_norm(key), rms_norm(hidden)> / sqrt(D); `kind` is "plain" (sigmoid of the score, the paper's equation
+    4), "sqrt" (of its signed square root, demo and Qwen) or "copysign" (the same with V4.1's treatment of zero).
+    """
+    width = hidden_BTMD.shape[-1]
+    query = rms_norm(hidden_BTMD, query_norm_MD, eps)
+    key = rms_norm(key_BTMD, key_norm_MD, eps)
+    score = np.sum(query * key, axis=-1) / np.sqrt(width)
+    if kind != "plain":
+        score = signed_sqrt(score, zero_is_positive=kind == "copysign")
+    out: Floats = 1.0 / (1.0 + np.exp(-score))
+    return out
+
+
+def short_conv(x_BTD: Floats, past_BPD: Floats, weight_DW: Floats, dilation: int) -> Floats:
+    """Causal depthwise convolution over time, then SiLU: [B, T, D].
+
+    Tap i of W reads position t - (W - 1 - i) * dilation; `past` holds the P = (W - 1) * dilation inputs before this
+    call (zeros before the start of the text).
+    """
+    taps = weight_DW.shape[1]
+    length = x_BTD.shape[1]
+    full = np.concatenate([past_BPD, x_BTD], axis=1)
+    out = np.zeros_like(x_BTD)
+    for i in range(taps):
+        begin = past_BPD.shape[1] - (taps - 1 - i) * dilation
+        out += full[:, begin : begin + length] * weight_DW[:, i]
+    activated: Floats = out / (1.0 + np.exp(-out))
+    return activated

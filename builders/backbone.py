@@ -1,0 +1,129 @@
+"""Backbones: where they are, how they are loaded and checked; transformers does the work."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engram import EngramError
+
+_WEIGHTS = (".safetensors", ".gguf", ".json")
+
+
+class BackboneError(EngramError):
+    """A backbone that is missing, altered or of a kind that cannot be used."""
+
+
+@dataclass(frozen=True)
+class BackboneRef:
+    """Where a backbone is and what it must hash to.
+
+    kind "hf": a folder or hub name in transformers' format; "gguf": one file; "embedded": the folder `backbone/`
+    beside the manifest, holding either.
+    """
+
+    kind: str
+    path: str
+    dtype: str = "float32"
+    sha256: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse kinds and dtypes that no loader knows."""
+        if self.kind not in ("hf", "gguf", "embedded"):
+            raise BackboneError(f"backbone kind {self.kind!r} is not known", hint="use one of: hf, gguf, embedded")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise BackboneError(f"backbone dtype {self.dtype!r} is not known", hint="use float32, bfloat16 or float16")
+
+    @classmethod
+    def find(cls, source: str, dtype: str = "float32") -> BackboneRef:
+        """A reference to a folder, a GGUF file or a hub name; local files are hashed."""
+        path = Path(source)
+        if path.suffix == ".gguf":
+            if not path.is_file():
+                raise BackboneError(f"backbone {source} does not exist")
+            return cls("gguf", str(path.resolve()), dtype, {path.name: file_sha256(path)})
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise BackboneError(f"backbone folder {source} has no config.json")
+            names = sorted(p.name for p in path.iterdir() if p.suffix in _WEIGHTS)
+            return cls("hf", str(path.resolve()), dtype, {name: file_sha256(path / name) for name in names})
+        if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+            return cls("hf", source, dtype)
+        raise BackboneError(
+            f"backbone {source} does not exist", hint="give a checkpoint folder, a .gguf file or a hub name owner/model"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, by name."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> BackboneRef:
+        """The inverse of `to_json`."""
+        try:
+            return cls(**data)
+        except TypeError as wrong:
+            raise BackboneError(f"backbone reference has the wrong fields: {wrong}") from None
+
+    def files(self, beside: Path) -> dict[str, Path]:
+        """Local files by the names that `sha256` uses; empty for a hub name. `beside` is the manifest's folder."""
+        root = beside / self.path if self.kind == "embedded" else Path(self.path)
+        return {name: root if self.kind == "gguf" else root / name for name in self.sha256}
+
+    def verify(self, beside: Path) -> None:
+        """Refuse a backbone of which a file is missing or altered."""
+        for name, path in self.files(beside).items():
+            if not path.is_file():
+                raise BackboneError(f"backbone file {path} is missing", hint="the reference names a file that moved")
+            found = file_sha256(path)
+            if found != self.sha256[name]:
+                raise BackboneError(f"backbone file {path} has SHA-256 {found}, expected {self.sha256[name]}")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = None) -> Any:
+    """The transformers model, in evaluation mode; weights only from safetensors or GGUF, never remote code.
+
+    `dtype` overrides the reference's. Raises BackboneError where files are missing or transformers refuses them.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    wanted = getattr(torch, dtype or ref.dtype)
+    source, gguf = ref.path, None
+    if ref.kind == "embedded":
+        source = str(beside / ref.path)
+        gguf = next((name for name in ref.sha256 if name.endswith(".gguf")), None)
+    elif ref.kind == "gguf":
+        source, gguf = str(Path(ref.path).parent), Path(ref.path).name
+    logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": wanted, "trust_remote_code": False}
+    options |= {"gguf_file": gguf} if gguf else {"use_safetensors": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError) as wrong:
+        raise BackboneError(
+            f"backbone {source} cannot be loaded: {str(wrong).splitlines()[0]}",
+            hint="transformers must know the architecture; weights must be safetensors or GGUF",
+        ) from wrong
+    model.eval()
+    return model.to(wanted)
+
+
+def save_backbone(model: Any, folder: Path) -> None:
+    """Write config and safetensors of a backbone; one read from GGUF becomes an ordinary dense one."""
+    for name in ("hf_quantizer", "quantization_method"):
+        if getattr(model, name, None) is not None:
+            setattr(model, name, None)
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.is_quantized = False
+    model.save_pretrained(folder)

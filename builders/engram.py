@@ -1,0 +1,191 @@
+"""The Engram module, cut at the seam: `Table` (row ids → `memory_BTE`) and `Gate` (`memory_BTE`, hidden → what is added).
+
+Shape letters: B batch, T positions, C columns, N rows, U distinct rows, E memory width, M residual branches,
+D hidden width, W kernel width, P past positions that the convolution reads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engram import EngramError
+
+
+class GateError(EngramError):
+    """A gate configuration that cannot be built."""
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """How a layer's memory enters the residual stream."""
+
+    hidden: int
+    memory: int
+    branches: int = 1  # residual streams of a hyper-connected backbone; 1 for a plain one
+    kind: str = "sqrt"  # "plain" (the paper), "sqrt" (demo, Qwen), "copysign" (V4.1)
+    bias: bool = False
+    eps: float = 1e-6
+    conv_kernel: int = 0  # 0: no convolution
+    conv_dilation: int = 3
+    conv_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Refuse what no module can be built from."""
+        if self.kind not in ("plain", "sqrt", "copysign"):
+            raise GateError(f"gate kind {self.kind!r} is not known", hint="use one of: plain, sqrt, copysign")
+        for name in ("hidden", "memory", "branches", "conv_dilation"):
+            if getattr(self, name) < 1:
+                raise GateError(f"gate field {name} {getattr(self, name)} must be at least 1")
+        if self.conv_kernel < 0:
+            raise GateError(f"gate field conv_kernel {self.conv_kernel} must be 0 (none) or positive")
+
+    @classmethod
+    def of_dialect(cls, dialect: str, hidden: int, memory: int, branches: int, highest_order: int) -> GateConfig:
+        """The fusion that the dialect's published model uses.
+
+        The demo's gate norms pass no epsilon, which torch takes as float32's machine epsilon.
+        """
+        if dialect == "v41":
+            return cls(hidden, memory, branches, kind="copysign", eps=1e-20)
+        if dialect == "qwen-ple":
+            return cls(hidden, memory, branches, conv_kernel=4, conv_dilation=highest_order, conv_eps=1e-6)
+        eps = torch.finfo(torch.float32).eps
+        return cls(hidden, memory, branches, bias=True, eps=eps, conv_kernel=4, conv_dilation=highest_order)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, by name."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> GateConfig:
+        """The inverse of `to_json`; GateError for an unknown or missing field."""
+        try:
+            return cls(**data)
+        except TypeError as wrong:
+            raise GateError(f"gate configuration has the wrong fields: {wrong}") from None
+
+
+class Gate(nn.Module):
+    """memory_BTE and the residual stream in, what is added to the stream out."""
+
+    def __init__(self, config: GateConfig) -> None:
+        super().__init__()
+        self.config = config
+        wide = config.branches * config.hidden
+        self.key_proj = nn.Linear(config.memory, wide, bias=config.bias)
+        self.value_proj = nn.Linear(config.memory, config.hidden, bias=config.bias)
+        self.norm_key = nn.Parameter(torch.ones(config.branches, config.hidden))
+        self.norm_query = nn.Parameter(torch.ones(config.branches, config.hidden))
+        if config.conv_kernel:
+            self.norm_conv = nn.Parameter(torch.ones(config.branches, config.hidden))
+            self.conv_weight = nn.Parameter(torch.zeros(wide, config.conv_kernel))
+
+    @property
+    def past(self) -> int:
+        """Positions before the current one that the convolution reads (P)."""
+        return max(0, self.config.conv_kernel - 1) * self.config.conv_dilation
+
+    def silence(self) -> None:
+        """Zero what carries the memory into the stream, so that a fresh model's logits are the backbone's."""
+        with torch.no_grad():
+            self.value_proj.weight.zero_()
+            if self.config.bias:
+                self.value_proj.bias.zero_()
+            if self.config.conv_kernel:
+                self.conv_weight.zero_()
+
+    def open(self, hidden_BTMD: Tensor, memory_BTE: Tensor) -> Tensor:
+        """How far each branch opens, 0 … 1: [B, T, M]. The formula stands in kernels/reference.py."""
+        config = self.config
+        key_BTMD = self.key_proj(memory_BTE).unflatten(-1, (config.branches, config.hidden))
+        key = _rms_norm(key_BTMD, self.norm_key, config.eps)
+        query = _rms_norm(hidden_BTMD, self.norm_query, config.eps)
+        score = (query * key).sum(-1) / math.sqrt(config.hidden)
+        if config.kind != "plain":
+            root = score.abs().clamp_min(1e-6).sqrt()
+            score = torch.copysign(root, score) if config.kind == "copysign" else score.sign() * root
+        return torch.sigmoid(score)
+
+    def forward(
+        self, hidden: Tensor, memory_BTE: Tensor, past_BPX: Tensor | None = None, mask_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is added to the stream, and the convolution's inputs of these positions.
+
+        `hidden` is [B, T, D] for one branch or [B, T, M, D]; the first result has its shape and dtype. `past_BPX` holds
+        the convolution's inputs at the P positions before (None: the text begins here). Where `mask_BT` is 0 (left
+        padding, image spans) nothing is added and the convolution sees zeros. The second result is [B, T, M * D], or
+        None without a convolution.
+        """
+        config = self.config
+        dtype = self.value_proj.weight.dtype
+        stream = (hidden.unsqueeze(-2) if hidden.dim() == 3 else hidden).to(dtype)
+        memory = memory_BTE.to(dtype)
+        gate_BTM = self.open(stream, memory)
+        if mask_BT is not None:
+            gate_BTM = gate_BTM * mask_BT.unsqueeze(-1).to(dtype)
+        added = gate_BTM.unsqueeze(-1) * self.value_proj(memory).unsqueeze(-2)
+        inputs = None
+        if config.conv_kernel:
+            inputs = _rms_norm(added, self.norm_conv, config.conv_eps).flatten(-2)
+            added = added + self._convolve(inputs, past_BPX).unflatten(-1, (config.branches, config.hidden))
+            if mask_BT is not None:
+                added = added * mask_BT[..., None, None].to(dtype)
+        return added.reshape(hidden.shape).to(hidden.dtype), inputs
+
+    def _convolve(self, inputs_BTX: Tensor, past_BPX: Tensor | None) -> Tensor:
+        if past_BPX is None:
+            full = F.pad(inputs_BTX, (0, 0, self.past, 0))
+        else:
+            missing = self.past - past_BPX.shape[1]
+            full = torch.cat([F.pad(past_BPX, (0, 0, missing, 0)), inputs_BTX], dim=1)
+        channels = full.shape[-1]
+        out = F.conv1d(
+            full.transpose(1, 2), self.conv_weight.unsqueeze(1), dilation=self.config.conv_dilation, groups=channels
+        )
+        return F.silu(out).transpose(1, 2)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+class Table(nn.Module):
+    """A trainable table whose cost follows the rows touched: the weight stays outside autograd.
+
+    Each training forward takes the distinct rows as one leaf; after `backward`, `take_touched` hands the optimizer
+    those rows and their gradients.
+    """
+
+    def __init__(self, weight_ND: Tensor) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.register_buffer("weight", weight_ND, persistent=False)
+        self._touched: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, rows_BTC: Tensor) -> Tensor:
+        """memory_BTE: the rows of every position side by side."""
+        if not (self.training and torch.is_grad_enabled()):
+            return F.embedding(rows_BTC, self.weight).flatten(-2)
+        rows_U, place = torch.unique(rows_BTC, return_inverse=True)
+        leaf_UD = self.weight[rows_U].requires_grad_()
+        self._touched.append((rows_U, leaf_UD))
+        return F.embedding(place, leaf_UD).flatten(-2)
+
+    def take_touched(self) -> tuple[Tensor, Tensor] | None:
+        """Distinct rows [U] and the sum of their gradients [U, D] since the last call; None when nothing was touched."""
+        touched = [(rows, leaf.grad) for rows, leaf in self._touched if leaf.grad is not None]
+        self._touched.clear()
+        if not touched:
+            return None
+        if len(touched) == 1:
+            return touched[0]
+        rows_U, place = torch.unique(torch.cat([rows for rows, _ in touched]), return_inverse=True)
+        gradients = torch.cat([gradient for _, gradient in touched])
+        summed = torch.zeros(rows_U.numel(), gradients.shape[1], dtype=gradients.dtype, device=gradients.device)
+        return rows_U, summed.index_add_(0, place, gradients)

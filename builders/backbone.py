@@ -104,7 +104,7 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
         gguf = next((name for name in ref.sha256 if name.endswith(".gguf")), None)
     elif ref.kind == "gguf":
         source, gguf = str(Path(ref.path).parent), Path(ref.path).name
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     options: dict[str, Any] = {"dtype": wanted, "trust_remote_code": False}
     options |= {"gguf_file": gguf} if gguf else {"use_safetensors": True}
     try:
@@ -114,8 +114,7 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
             f"backbone {source} cannot be loaded: {str(wrong).splitlines()[0]}",
             hint="transformers must know the architecture; weights must be safetensors or GGUF",
         ) from wrong
-    model.eval()
-    return model.to(wanted)
+    return model.eval().to(wanted)
 
 
 def save_backbone(model: Any, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder:
 
-    engram.json               manifest: format, version, layout, gates, backbone reference, tables, SHA-256 of small files
+    engram.json               manifest: format, version, layout, gates, backbone reference, tables, SHA-256 values
     token_map.safetensors     I64 [vocab]                          (absent where raw ids are hashed)
     tokenizer.json, tokenizer_info.json                            (as build-vocab wrote them)
     layers.safetensors        `layers.{l}.{parameter}` F32         (dense weights of the gates)

@@ -1,4 +1,4 @@
-"""The Engram module, cut at the seam: `Table` (row ids → `memory_BTE`) and `Gate` (`memory_BTE`, hidden → what is added).
+"""The Engram module, cut at the seam: `Table` (row ids → `memory_BTE`) and `Gate` (`memory_BTE`, hidden → added).
 
 Shape letters: B batch, T positions, C columns, N rows, U distinct rows, E memory width, M residual branches,
 D hidden width, W kernel width, P past positions that the convolution reads.
@@ -103,7 +103,7 @@ class Gate(nn.Module):
     def open(self, hidden_BTMD: Tensor, memory_BTE: Tensor) -> Tensor:
         """How far each branch opens, 0 … 1: [B, T, M]. The formula stands in kernels/reference.py."""
         config = self.config
-        key_BTMD = self.key_proj(memory_BTE).unflatten(-1, (config.branches, config.hidden))
+        key_BTMD = self._split(self.key_proj(memory_BTE))
         key = _rms_norm(key_BTMD, self.norm_key, config.eps)
         query = _rms_norm(hidden_BTMD, self.norm_query, config.eps)
         score = (query * key).sum(-1) / math.sqrt(config.hidden)
@@ -133,10 +133,13 @@ class Gate(nn.Module):
         inputs = None
         if config.conv_kernel:
             inputs = _rms_norm(added, self.norm_conv, config.conv_eps).flatten(-2)
-            added = added + self._convolve(inputs, past_BPX).unflatten(-1, (config.branches, config.hidden))
+            added = added + self._split(self._convolve(inputs, past_BPX))
             if mask_BT is not None:
                 added = added * mask_BT[..., None, None].to(dtype)
         return added.reshape(hidden.shape).to(hidden.dtype), inputs
+
+    def _split(self, wide: Tensor) -> Tensor:
+        return wide.view(*wide.shape[:-1], self.config.branches, self.config.hidden)
 
     def _convolve(self, inputs_BTX: Tensor, past_BPX: Tensor | None) -> Tensor:
         if past_BPX is None:
@@ -148,7 +151,7 @@ class Gate(nn.Module):
         out = F.conv1d(
             full.transpose(1, 2), self.conv_weight.unsqueeze(1), dilation=self.config.conv_dilation, groups=channels
         )
-        return F.silu(out).transpose(1, 2)
+        return F.silu(out).transpose(1, 2).contiguous()
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -178,7 +181,7 @@ class Table(nn.Module):
         return F.embedding(place, leaf_UD).flatten(-2)
 
     def take_touched(self) -> tuple[Tensor, Tensor] | None:
-        """Distinct rows [U] and the sum of their gradients [U, D] since the last call; None when nothing was touched."""
+        """Distinct rows [U] and their summed gradients [U, D] since the last call; None when nothing was touched."""
         touched = [(rows, leaf.grad) for rows, leaf in self._touched if leaf.grad is not None]
         self._touched.clear()
         if not touched:

@@ -41,12 +41,12 @@ class Timeline:
     @property
     def length(self) -> int:
         """Positions so far, padding included (S)."""
-        return self.ids_BS.shape[1]
+        return int(self.ids_BS.shape[1])
 
     def starts(self, mask_BT: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Where a text begins in the next positions: padding, and the first token after it."""
         before = self.mask_BS[:, -1:] if self.length else np.zeros((mask_BT.shape[0], 1), dtype=bool)
-        return ~(mask_BT & np.concatenate([before, mask_BT[:, :-1]], axis=1))
+        return np.logical_not(mask_BT & np.concatenate([before, mask_BT[:, :-1]], axis=1))
 
     def lookback(self) -> Lookback | None:
         """What hashing the next positions needs to know of the ones so far."""

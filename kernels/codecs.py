@@ -30,8 +30,13 @@ class CodecError(EngramError):
 class Codec(Protocol):
     """One way to store a row. `name` and `version` are recorded in every file that uses it."""
 
-    name: str
-    version: int
+    @property
+    def name(self) -> str:
+        """The codec's id."""
+
+    @property
+    def version(self) -> int:
+        """Counts up whenever the bytes of a row would change."""
 
     def row_bytes(self, width: int) -> int:
         """Bytes of one row; CodecError for a width that the codec cannot hold."""

@@ -1,0 +1,74 @@
+"""The `engram` command: every subcommand is one file of this room; this one names them and turns errors into words."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated
+
+import typer
+
+from engram import EngramError, __version__
+from engram.cli import build_vocab, export, fill, quantize, recipe, run, train, ui, verify
+from engram.cli import eval as evaluation
+from engram.cli import hash as hashing
+
+app = typer.Typer(
+    name="engram",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Language models whose n-gram memory lives on disk: from a corpus to tokens.",
+    epilog="The path: build-vocab, fill or train, quantize, export, run. Start with: engram demo",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"engram {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Language models whose n-gram memory lives on disk: from a corpus to tokens."""
+
+
+app.command("build-vocab")(build_vocab.build_vocab)
+app.command("hash")(hashing.hash_rows)
+app.command("train")(train.train)
+app.command("fill")(fill.fill)
+app.command("quantize")(quantize.quantize)
+app.command("export")(export.export)
+app.command("verify")(verify.verify)
+app.command("run")(run.run)
+app.command("eval")(evaluation.evaluate)
+app.add_typer(recipe.app, name="recipe", help="List, show and copy the shipped recipes.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command and leave with its exit code: 0 done, 1 an error of the user's, 2 usage, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        app(argv, prog_name="engram")
+    except EngramError as failure:
+        ui.error(failure)
+        raise SystemExit(1) from None
+    except SystemExit as leaving:
+        if leaving.code == 130:
+            ui.say(f"\ninterrupted; nothing half-written was left. To go on: {resume_line(argv)}")
+        raise
+
+
+def resume_line(argv: list[str]) -> str:
+    """The command that goes on from where an interrupted one stopped."""
+    resumed = [*argv, "--resume", "auto"] if argv[:1] == ["train"] and "--resume" not in argv else argv
+    return shlex.join(["engram", *resumed])
+
+
+if __name__ == "__main__":
+    main()

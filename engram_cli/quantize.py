@@ -1,0 +1,35 @@
+"""`engram quantize`: a float checkpoint's tables into small ones."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engram.cli import options, progress, ui
+
+
+class RowCodec(StrEnum):
+    """How a row is stored."""
+
+    f32 = "f32"
+    bf16 = "bf16"
+    int8 = "int8-row"
+    int4 = "int4-row"
+
+
+def quantize(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A float checkpoint (train, fill).")],
+    out: options.Out,
+    tables: Annotated[RowCodec, typer.Option("--tables", help="How to store the rows.")] = RowCodec.int8,
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    """Store tables in fewer bits and report the error of each."""
+    from engram.quantize.tables import QuantizeConfig
+    from engram.quantize.tables import quantize as work
+
+    config = QuantizeConfig(checkpoint, out, tables=tables.value, force=force)
+    ui.report(work(config, progress.on_screen()), json, title=f"Quantized into {out}")

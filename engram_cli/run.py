@@ -1,0 +1,83 @@
+"""`engram run`: text from a package; a chat when there is no prompt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from engram.cli import options, progress, ui
+from engram.cli.sizes import show_bytes
+
+if TYPE_CHECKING:
+    from engram.runtime.engine import RunConfig
+
+
+def run(
+    package: Annotated[Path, typer.Argument(metavar="PACKAGE", help="A package folder.")],
+    prompt: Annotated[
+        Optional[str], typer.Option("--prompt", metavar="TEXT", help="Text to go on from; - reads stdin.")
+    ] = None,
+    offload: options.Placement = options.Offload.disk,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to write at most.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(metavar="T", help="0 takes the likeliest token.", min=0.0)] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(metavar="P", help="Sample from the likeliest tokens of this share.", min=0.0, max=1.0)
+    ] = 1.0,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> None:
+    """Write on from a prompt, or chat when there is none."""
+    from engram.runtime.engine import RunConfig
+    from engram.runtime.engine import run as work
+
+    if prompt is None and (json or not sys.stdin.isatty()) or prompt == "-":
+        prompt = sys.stdin.read()
+    config = RunConfig(
+        package=package,
+        prompt=prompt,
+        offload=offload.value,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    if prompt is None:
+        return _chat(config)
+    result = work(config, _silent if json else _stream, progress.on_screen())
+    ui.emit(result) if json else _figures(result)
+
+
+def _chat(config: RunConfig) -> None:
+    from engram.runtime.engine import open_session
+
+    session = open_session(config)
+    ui.say("an empty line or Ctrl-D ends the chat")
+    while line := _ask():
+        _figures(session.turn(line, _stream))
+
+
+def _ask() -> str:
+    try:
+        return input("\n> ").strip()
+    except EOFError:
+        return ""
+
+
+def _stream(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _silent(text: str) -> None:
+    """--json prints the text once, inside the object."""
+
+
+def _figures(result: dict[str, Any]) -> None:
+    print(flush=True)
+    ui.say(
+        f"prefill {result['prefill_tokens_per_second']:,.1f} tokens/s, decode"
+        f" {result['decode_tokens_per_second']:,.1f} tokens/s, {result['rows_read']:,} rows"
+        f" ({show_bytes(result['bytes_read'])}) read, {show_bytes(result['peak_rss_bytes'])} resident at most"
+    )

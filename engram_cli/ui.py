@@ -1,0 +1,90 @@
+"""How the command line speaks: data to stdout, everything else to stderr; colour only where it is welcome."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engram import EngramError
+from engram.cli.sizes import show_bytes, show_seconds
+
+
+def coloured(stream: Any) -> bool:
+    return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def error(failure: EngramError) -> None:
+    """Red `error: …`, a blank line, `hint: …`."""
+    red, cyan, end = ("\x1b[31m", "\x1b[36m", "\x1b[0m") if coloured(sys.stderr) else ("", "", "")
+    print(f"{red}error:{end} {failure}", file=sys.stderr)
+    if failure.hint:
+        print(f"\n{cyan}hint:{end} {failure.hint}", file=sys.stderr)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(result: Mapping[str, Any]) -> None:
+    """Print `result` as the one JSON object of `--json`; NaN and infinity become null, paths become text."""
+    print(json.dumps(_plain(result), ensure_ascii=False, allow_nan=False))
+
+
+def report(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:
+    """The end of every reporting command: the JSON object, or a two-column table of the same fields."""
+    if as_json:
+        emit(result)
+    else:
+        table(title, ["", ""], [[key, show(key, value)] for key, value in result.items()])
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], to_stderr: bool = False) -> None:
+    """A table on stdout (data) or stderr (words beside the data)."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, show_header=any(columns), pad_edge=False)
+    for index, column in enumerate(columns):
+        grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*(cell.replace("[", r"\[") for cell in row))
+    console = Console(stderr=to_stderr, highlight=False)
+    if not console.is_terminal:  # a pipe has no width: let no cell be cut
+        console.width = max(console.width, 200)
+    console.print(grid)
+
+
+def show(key: str, value: Any) -> str:
+    """One value for people; the key tells the unit (`*_bytes`, `seconds`, `*_per_second`)."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, Mapping):
+        return "\n".join(f"{name}: {show(str(name), part)}" for name, part in value.items()) or "-"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(show("", part) for part in value) or "-"
+    if isinstance(value, (int, float)):
+        if key == "bytes" or key.endswith("_bytes") or key.startswith("bytes_"):
+            return show_bytes(value)
+        if key == "seconds" or key.endswith("_seconds"):
+            return show_seconds(value)
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # a numpy number or array, without importing numpy
+        return _plain(value.tolist())
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

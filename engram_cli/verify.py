@@ -1,0 +1,23 @@
+"""`engram verify`: is a package whole and what it says it is?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engram.cli import options, progress, ui
+
+
+def verify(
+    package: Annotated[Path, typer.Argument(metavar="PACKAGE", help="A package folder.")],
+    json: options.Json = False,
+) -> None:
+    """Check a package; exit 1 when something is wrong."""
+    from engram.quantize.package import verify_package
+
+    result = verify_package(package, progress.on_screen())
+    ui.report(result, json, title=str(package))
+    if not result["ok"]:
+        raise typer.Exit(1)

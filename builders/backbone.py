@@ -114,7 +114,7 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
             f"backbone {source} cannot be loaded: {str(wrong).splitlines()[0]}",
             hint="transformers must know the architecture; weights must be safetensors or GGUF",
         ) from wrong
-    return model.eval().to(wanted)
+    return model.eval().to(wanted)  # type: ignore[no-untyped-call]
 
 
 def save_backbone(model: Any, folder: Path) -> None:

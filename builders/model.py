@@ -5,8 +5,9 @@ Shape letters: B batch, T positions of this call, S positions so far, D hidden w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ class Timeline:
     """The state of one batch of texts, indexed by position: rollback and prefix reuse need no snapshot.
 
     Convolution inputs are kept for every position (one row of D numbers a layer: a small part of what the key-value
-    cache keeps).
+    cache keeps), in buffers of which the first `length` positions count.
     """
 
     layout: Layout
@@ -46,7 +47,8 @@ class Timeline:
     def starts(self, mask_BT: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Where a text begins in the next positions: padding, and the first token after it."""
         before = self.mask_BS[:, -1:] if self.length else np.zeros((mask_BT.shape[0], 1), dtype=bool)
-        return np.logical_not(mask_BT & np.concatenate([before, mask_BT[:, :-1]], axis=1))
+        inside: NDArray[np.bool_] = mask_BT & np.concatenate([before, mask_BT[:, :-1]], axis=1)
+        return ~inside
 
     def lookback(self) -> Lookback | None:
         """What hashing the next positions needs to know of the ones so far."""
@@ -77,9 +79,30 @@ class Timeline:
             return
         if not self.croppable:
             raise ModelError("this backbone keeps a recurrent state and cannot be rolled back")
-        self.cache.crop(length)
+        self.cache.crop(length - self.length)  # negative: how many positions to drop
         self.ids_BS, self.mask_BS = self.ids_BS[:, :length], self.mask_BS[:, :length]
-        self.conv = {layer: inputs[:, :length] for layer, inputs in self.conv.items()}
+
+    def fork(self) -> Timeline:
+        """An independent copy: several continuations of one prefix."""
+        conv = {layer: inputs.clone() for layer, inputs in self.conv.items()}
+        return replace(self, cache=copy.deepcopy(self.cache), conv=conv)
+
+    def past(self, layer: int, count: int) -> Tensor | None:
+        """The layer's convolution inputs at the last `count` positions (fewer near the beginning)."""
+        if not self.length or layer not in self.conv:
+            return None
+        return self.conv[layer][:, max(0, self.length - count) : self.length]
+
+    def keep(self, layer: int, inputs_BTX: Tensor) -> None:
+        """Store the convolution inputs of the next positions; the buffer doubles when it is full."""
+        begin, end = self.length, self.length + inputs_BTX.shape[1]
+        buffer = self.conv.get(layer)
+        if buffer is None or buffer.shape[1] < end:
+            grown = inputs_BTX.new_zeros(inputs_BTX.shape[0], max(2 * begin, end), inputs_BTX.shape[2])
+            if buffer is not None:
+                grown[:, :begin] = buffer[:, :begin]
+            self.conv[layer] = buffer = grown
+        buffer[:, begin:end] = inputs_BTX
 
 
 @dataclass
@@ -88,7 +111,7 @@ class _Call:
 
     memory: Mapping[int, Tensor]
     mask_BT: Tensor | None
-    past: Mapping[int, Tensor]
+    past: Mapping[int, Tensor | None]
     inputs: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -182,8 +205,7 @@ class EngramModel(nn.Module):
 
         `mask_BT` is 0 on left padding. With a timeline these positions continue it, and it is moved forward.
         """
-        seen = 0 if timeline is None else timeline.length
-        past = {} if timeline is None else self._past(timeline)
+        past = {} if timeline is None else {n: timeline.past(n, self.gate(n).past) for n in self.layout.layers}
         whole_mask, positions = self._positions(ids_BT, mask_BT, timeline)
         options: dict[str, Any] = {"logits_to_keep": 1} if last_only else {}
         if timeline is not None:
@@ -201,17 +223,10 @@ class EngramModel(nn.Module):
             self._call = None
         if timeline is not None:
             mask = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
-            timeline.extend(ids_BT.cpu().numpy(), mask.cpu().numpy().astype(bool))
             for layer, inputs in call.inputs.items():
-                kept = timeline.conv.get(layer)
-                timeline.conv[layer] = inputs if kept is None or not seen else torch.cat([kept, inputs], dim=1)
+                timeline.keep(layer, inputs)
+            timeline.extend(ids_BT.cpu().numpy(), mask.cpu().numpy().astype(bool))
         return logits
-
-    def _past(self, timeline: Timeline) -> dict[int, Tensor]:
-        """The convolution inputs that the next positions reach back to: the last P of each layer."""
-        if not timeline.length:
-            return {}
-        return {layer: inputs[:, -self.gate(layer).past :] for layer, inputs in timeline.conv.items()}
 
     @staticmethod
     def _positions(

@@ -35,11 +35,11 @@ def command_names() -> list[list[str]]:
     names: list[list[str]] = []
 
     def walk(words: list[str], command: object) -> None:
-        parts = getattr(command, "commands", None)
+        parts: dict[str, object] = getattr(command, "commands", {})
         if not parts:
             names.append(words)
-        for name in parts or ():
-            walk([*words, name], parts[name])
+        for name, part in parts.items():
+            walk([*words, name], part)
 
     walk([], typer.main.get_command(app))
     return names

@@ -119,6 +119,9 @@ class BarProgress(Progress):
         self._bars: Bars | None = None
         self._open = 0
 
+    def task(self, label: str, total: float | None = None, unit: str = "") -> Task:
+        return BarTask(self, _Clock(label, total, unit))
+
     def open(self, clock: _Clock) -> TaskID:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn

@@ -1,0 +1,195 @@
+"""Prefill, decode and state over a torch backbone: a `Model` is what was loaded, a `Session` one timeline of tokens.
+
+Shape letters: B batch, T positions of this call, C columns, E memory width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engram import EngramError
+from engram.builders.backbone import BackboneRef, load_backbone
+from engram.builders.engram import GateConfig
+from engram.builders.model import EngramModel, Timeline, load_gate_weights
+from engram.builders.tokenizer import load_tokenizer, special_tokens
+from engram.quantize.package import Package, open_package
+from engram.runtime.reader import RowReader, Ticket
+
+PREFILL_CHUNK = 512  # positions of one prefill step; rows of the next step are asked for while this one computes
+
+
+class EngineError(EngramError):
+    """Something that cannot be run: a prompt that is empty or too long, a placement that does not fit."""
+
+
+class LateMemory(Mapping[int, Tensor]):
+    """Rows that were asked for, waited for as late as possible: when their layer is reached."""
+
+    def __init__(self, reader: RowReader, ticket: Ticket, layers: tuple[int, ...]) -> None:
+        self._reader, self._ticket, self._layers = reader, ticket, layers
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return torch.from_numpy(self._reader.take(self._ticket, layer))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+class Model:
+    """A package, opened: backbone, gates, tokenizer and row reader. Immutable; any number of sessions share it."""
+
+    def __init__(self, package: Package, reader: RowReader, dtype: str | None = None) -> None:
+        self.package = package
+        self.reader = reader
+        self.layout = package.layout
+        ref = BackboneRef.from_json(package.manifest["backbone"])
+        gates = {int(n): GateConfig.from_json(config) for n, config in package.manifest["gate"].items()}
+        self.engram = EngramModel(load_backbone(ref, package.folder, dtype), self.layout, gates).eval()
+        load_gate_weights(self.engram, package.dense())
+        self.engram.requires_grad_(False)
+        self.tokenizer = load_tokenizer(package.folder)
+        self.special = special_tokens(package.folder)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        offload: str = "disk",
+        cache_bytes: int | None = None,
+        dtype: str | None = None,
+        verify: str = "first-touch",
+    ) -> Model:
+        """Open a package with its tables in the given placement (none | ram | disk).
+
+        Raises PackageError where the package is damaged and EngineError where the placement does not fit.
+        """
+        package = open_package(folder, verify=verify)
+        return cls(package, RowReader(package, offload, cache_bytes=cache_bytes), dtype)
+
+    @property
+    def context(self) -> int:
+        """Positions that the backbone was made for."""
+        return int(getattr(self.engram.backbone.config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a text."""
+        found: set[int] = set()
+        for ids in (self.special.get("eos_token_id"), self.engram.backbone.generation_config.eos_token_id):
+            found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        return frozenset(found)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens added."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def memory(self, rows: Mapping[int, NDArray[np.int64]]) -> LateMemory:
+        """Ask for the rows of some positions (by layer, [B, T, C]) and return at once."""
+        return LateMemory(self.reader, self.reader.ask(dict(rows)), self.layout.layers)
+
+    def session(self) -> Session:
+        """A new timeline."""
+        return Session(self)
+
+    def close(self) -> None:
+        """Let go of the mapped tables."""
+        self.reader.close()
+
+
+class Session:
+    """One mutable timeline of tokens: its key-value cache, look-back and convolution state."""
+
+    def __init__(self, model: Model, line: Timeline | None = None) -> None:
+        self.model = model
+        self.line = model.engram.timeline() if line is None else line
+        self._asked: tuple[list[int], int, LateMemory] | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens so far."""
+        found: list[int] = self.line.ids_BS[0].tolist()
+        return found
+
+    def ask(self, ids: list[int]) -> None:
+        """Ask for the rows of tokens that will be fed next: call it the moment they are known."""
+        rows = self.line.rows(np.array([ids], dtype=np.int64))
+        self._asked = (ids, self.line.length, self.model.memory(rows))
+
+    def feed(self, ids: list[int]) -> Tensor:
+        """Feed tokens (prefill or decode, in chunks) and return the logits after the last: float32 [vocabulary].
+
+        Raises EngineError for no tokens or more than the backbone's context holds.
+        """
+        if not ids:
+            raise EngineError("there are no tokens to feed", hint="the prompt is empty")
+        if self.line.length + len(ids) > self.model.context:
+            raise EngineError(
+                f"{self.line.length + len(ids)} tokens exceed the backbone's context of {self.model.context}",
+                hint="shorten the prompt or lower --max-tokens",
+            )
+        chunks = [ids[i : i + PREFILL_CHUNK] for i in range(0, len(ids), PREFILL_CHUNK)]
+        before = self.line.lookback()
+        asked: LateMemory | None = None
+        if self._asked is not None and self._asked[:2] == (chunks[0], self.line.length):
+            asked = self._asked[2]
+        self._asked = None
+        for place, chunk in enumerate(chunks):
+            part = np.array([chunk], dtype=np.int64)
+            memory = asked or self.model.memory(self.model.layout.rows(part, before))
+            before = self.model.layout.history(part, before)
+            asked = None
+            if place + 1 < len(chunks):
+                coming = np.array([chunks[place + 1]], dtype=np.int64)
+                asked = self.model.memory(self.model.layout.rows(coming, before))
+            with torch.inference_mode():
+                logits: Tensor = self.model.engram(torch.from_numpy(part), memory, timeline=self.line, last_only=True)
+        return logits[0, -1].float()
+
+    def reuse(self, ids: list[int]) -> list[int]:
+        """Roll back to the longest prefix shared with `ids` (at least one token is left to feed); returns the rest."""
+        have = self.ids
+        shared = 0
+        while shared < min(len(have), len(ids) - 1) and have[shared] == ids[shared]:
+            shared += 1
+        self.line.crop(shared)
+        return ids[shared:]
+
+    def fork(self) -> Session:
+        """An independent continuation of the same prefix."""
+        return Session(self.model, self.line.fork())
+
+
+def resident_bytes() -> dict[str, int]:
+    """Resident memory of this process now: all, anonymous, mapped files; and the highest so far."""
+    import resource
+
+    found = {"rss_bytes": 0, "rss_anon_bytes": 0, "rss_file_bytes": 0}
+    names = {"VmRSS": "rss_bytes", "RssAnon": "rss_anon_bytes", "RssFile": "rss_file_bytes"}
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else []:
+        name, _, value = line.partition(":")
+        if name in names:
+            found[names[name]] = int(value.split()[0]) * 1024
+    return found | {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def probabilities(logits_V: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Sampling distribution [V]: softmax at a temperature, cut to the smallest set of tokens that holds `top_p`."""
+    values = torch.softmax(logits_V / temperature, dim=-1)
+    if top_p >= 1.0:
+        return values
+    ordered, place = values.sort(descending=True)
+    kept = ordered.cumsum(0) - ordered < top_p  # the first token always stays
+    cut = torch.zeros_like(values)
+    cut[place[kept]] = ordered[kept]
+    return cut / cut.sum()

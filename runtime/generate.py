@@ -1,0 +1,166 @@
+"""Text in, text out: sampling, streaming, chat turns, and the figures of a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engram import Progress
+from engram.runtime.engine import EngineError, Model, Session, probabilities, resident_bytes
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `engram run` needs to know."""
+
+    package: Path
+    prompt: str | None = None
+    offload: str = "disk"
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    table_cache: int | None = None  # bytes of mapped table that may be resident
+    chat: bool = False  # put the prompt through the tokenizer's chat template
+    dtype: str | None = None
+    verify: str = "first-touch"
+
+    def __post_init__(self) -> None:
+        """Refuse settings that mean nothing."""
+        if self.max_tokens < 1:
+            raise EngineError(f"max_tokens {self.max_tokens} must be at least 1")
+        if self.temperature < 0:
+            raise EngineError(f"temperature {self.temperature} must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise EngineError(f"top_p {self.top_p} must be above 0 and at most 1")
+
+
+class Sampler:
+    """Picks tokens; the same seed picks the same tokens from the same logits."""
+
+    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
+        self.temperature, self.top_p = temperature, top_p
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def pick(self, logits_V: Tensor) -> int:
+        """One token id; the likeliest at temperature 0."""
+        if self.temperature == 0:
+            return int(logits_V.argmax())
+        weights = probabilities(logits_V, self.temperature, self.top_p)
+        return int(torch.multinomial(weights, 1, generator=self._generator))
+
+
+def generate(session: Session, ids: list[int], sampler: Sampler, max_tokens: int) -> Iterator[int]:
+    """Feed `ids`, then yield sampled tokens up to `max_tokens` or a stop token (not yielded).
+
+    The rows of a token are asked for the moment it is sampled.
+    """
+    stops = session.model.stop_ids()
+    logits = session.feed(ids)
+    for step in range(max_tokens):
+        token = sampler.pick(logits)
+        if token in stops:
+            return
+        more = step + 1 < max_tokens and session.line.length + 1 <= session.model.context
+        if more:
+            session.ask([token])
+        yield token
+        if not more:
+            return
+        logits = session.feed([token])
+
+
+class Conversation:
+    """A model and one session: single prompts, or turns of a chat that reuse what they share."""
+
+    def __init__(self, model: Model, config: RunConfig) -> None:
+        self.model, self.config = model, config
+        self.session = model.session()
+        self._messages: list[dict[str, str]] = []
+
+    def complete(self, prompt: str, on_text: Callable[[str], None]) -> dict[str, Any]:
+        """Go on from a text; the object of `engram run --json`."""
+        return self._write(self.model.encode(prompt), on_text)
+
+    def turn(self, text: str, on_text: Callable[[str], None]) -> dict[str, Any]:
+        """Answer one message of a chat (through the chat template; without one the text is simply continued)."""
+        self._messages.append({"role": "user", "content": text})
+        result = self._write(self.model.encode(self._prompt()), on_text)
+        self._messages.append({"role": "assistant", "content": result["text"]})
+        return result
+
+    def _prompt(self) -> str:
+        template = self.model.special.get("chat_template")
+        if not template:
+            return "".join(message["content"] + "\n" for message in self._messages)
+        from transformers import PreTrainedTokenizerFast
+
+        named = {key: self.model.special.get(key) for key in ("bos_token", "eos_token", "pad_token")}
+        renderer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_object=self.model.tokenizer, **{key: value for key, value in named.items() if value}
+        )
+        rendered = renderer.apply_chat_template(
+            self._messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        return str(rendered)
+
+    def _write(self, ids: list[int], on_text: Callable[[str], None]) -> dict[str, Any]:
+        from tokenizers.decoders import DecodeStream
+
+        if not ids:
+            raise EngineError("the prompt is empty", hint="pass some text with --prompt")
+        before = self.model.reader.counters()
+        fed = self.session.reuse(ids)
+        stream = DecodeStream(skip_special_tokens=True)
+        sampler = Sampler(self.config.temperature, self.config.top_p, self.config.seed)
+        tokens: list[int] = []
+        pieces: list[str] = []
+        begin = time.perf_counter()
+        first = begin
+        for token in generate(self.session, fed, sampler, self.config.max_tokens):
+            if not tokens:
+                first = time.perf_counter()
+            tokens.append(token)
+            piece = stream.step(self.model.tokenizer, token)
+            if piece:
+                pieces.append(piece)
+                on_text(piece)
+        end = time.perf_counter()
+        first = first if tokens else end
+        after = self.model.reader.counters()
+        return {
+            "text": "".join(pieces), "token_ids": tokens, "prompt_tokens": len(ids), "prefilled_tokens": len(fed),
+            "prefill_tokens_per_second": len(fed) / max(first - begin, 1e-9),
+            "decode_tokens_per_second": max(0, len(tokens) - 1) / max(end - first, 1e-9),
+            "offload": self.config.offload, "table_bytes": self.model.reader.table_bytes,
+            **{name: after[name] - before[name] for name in after}, **resident_bytes(),
+        }  # fmt: skip
+
+
+def open_session(config: RunConfig, progress: Progress | None = None) -> Conversation:
+    """Open a package for a chat."""
+    with (progress or Progress()).task(f"open {config.package.name}"):
+        model = Model.open(
+            config.package,
+            offload=config.offload,
+            cache_bytes=config.table_cache,
+            dtype=config.dtype,
+            verify=config.verify,
+        )
+    return Conversation(model, config)
+
+
+def run(config: RunConfig, on_text: Callable[[str], None], progress: Progress | None = None) -> dict[str, Any]:
+    """Open, write on from the prompt, close."""
+    conversation = open_session(config, progress)
+    try:
+        prompt = config.prompt or ""
+        return conversation.turn(prompt, on_text) if config.chat else conversation.complete(prompt, on_text)
+    finally:
+        conversation.model.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,27 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
             hint="transformers must know the architecture; weights must be safetensors or GGUF",
         ) from wrong
     return model.eval().to(wanted)  # type: ignore[no-untyped-call]
+
+
+def dense_copy(gguf: Path, cache: Path, dtype: str) -> Path:
+    """A folder in transformers' format with the dequantized weights of a GGUF file, made once (loads in a second).
+
+    The folder's name carries the file's SHA-256, so another file never finds it.
+    """
+    folder = cache / "backbones" / f"{gguf.stem}-{dtype}-{file_sha256(gguf)[:16]}"
+    if not (folder / "config.json").is_file():
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=_made(folder.parent)))
+        try:
+            save_backbone(load_backbone(BackboneRef("gguf", str(gguf), dtype)), partial)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def save_backbone(model: Any, folder: Path) -> None:

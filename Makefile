@@ -31,7 +31,7 @@ docs: setup ## write docs/cli.md again from the live --help
 	$(BIN)/python -m engram.cli.help docs/cli.md
 
 bench: setup ## the benchmarks, each behind its parity gate
-	@for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
+	@shopt -s nullglob; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
 
 gguf: setup ## llama-cpp-python, compiled once from source; the wheel is kept in .cache/wheels
 	@command -v c++ >/dev/null || { echo "error: no C++ compiler; hint: apt-get install build-essential cmake" >&2; exit 1; }
@@ -62,7 +62,7 @@ setup-dev: .venv/.ready-dev ## the same with the tools that `make test` needs
 	$(INSTALL) --no-deps '$(TORCH)' 2>/dev/null \
 		|| { echo "setup: $(TORCH) is not on the configured index; taking it from $(TORCH_INDEX)"; \
 		     $(INSTALL) --no-deps --index-url $(TORCH_INDEX) '$(TORCH)'; } \
-		|| { echo "error: $(TORCH) (the CPU build) could not be installed; hint: make setup TORCH_INDEX=<index that has it>" >&2; exit 1; }; \
+		|| { echo "error: $(TORCH) (the CPU build) could not be installed; hint: make setup TORCH_INDEX=<an index that has it>, or TORCH=torch==$(TORCH_VERSION) for PyPI's build (on Linux with CUDA, several GB)" >&2; exit 1; }; \
 	echo "setup: torch is there after $$((SECONDS - began)) s"; \
 	$(INSTALL) -e .; \
 	echo "setup: done in $$((SECONDS - began)) s"

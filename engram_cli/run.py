@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from engram.cli import options, progress, ui
-from engram.cli.sizes import show_bytes
+from engram.cli.sizes import parse_size, show_bytes
 
 if TYPE_CHECKING:
-    from engram.runtime.engine import RunConfig
+    from engram.runtime.generate import RunConfig
 
 
 def run(
@@ -20,7 +20,11 @@ def run(
     prompt: Annotated[
         Optional[str], typer.Option("--prompt", metavar="TEXT", help="Text to go on from; - reads stdin.")
     ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
     offload: options.Placement = options.Offload.disk,
+    table_cache: Annotated[
+        Optional[str], typer.Option(metavar="SIZE", help="For disk: the most bytes of tables that may stay resident.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to write at most.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(metavar="T", help="0 takes the likeliest token.", min=0.0)] = 0.0,
     top_p: Annotated[
@@ -30,10 +34,10 @@ def run(
     json: options.Json = False,
 ) -> None:
     """Write on from a prompt, or chat when there is none."""
-    from engram.runtime.engine import RunConfig
-    from engram.runtime.engine import run as work
+    from engram.runtime.generate import RunConfig
+    from engram.runtime.generate import run as work
 
-    if prompt is None and (json or not sys.stdin.isatty()) or prompt == "-":
+    if prompt == "-" or (prompt is None and (json or not sys.stdin.isatty())):
         prompt = sys.stdin.read()
     config = RunConfig(
         package=package,
@@ -43,20 +47,22 @@ def run(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        table_cache=None if table_cache is None else parse_size(table_cache),
+        chat=chat,
     )
     if prompt is None:
-        return _chat(config)
+        return _converse(config)
     result = work(config, _silent if json else _stream, progress.on_screen())
     ui.emit(result) if json else _figures(result)
 
 
-def _chat(config: RunConfig) -> None:
-    from engram.runtime.engine import open_session
+def _converse(config: RunConfig) -> None:
+    from engram.runtime.generate import open_session
 
-    session = open_session(config)
+    conversation = open_session(config, progress.on_screen())
     ui.say("an empty line or Ctrl-D ends the chat")
     while line := _ask():
-        _figures(session.turn(line, _stream))
+        _figures(conversation.turn(line, _stream))
 
 
 def _ask() -> str:
@@ -71,7 +77,7 @@ def _stream(text: str) -> None:
 
 
 def _silent(text: str) -> None:
-    """--json prints the text once, inside the object."""
+    """With --json the text comes once, inside the object."""
 
 
 def _figures(result: dict[str, Any]) -> None:

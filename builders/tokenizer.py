@@ -33,7 +33,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     path = locate(source)
     if path.suffix == ".gguf":
         return gguf_tokenizer.rebuild(path)
-    return _parse(_read(path), path)
+    return parse_tokenizer(_read(path), path)
 
 
 def save_tokenizer(source: str | Path, folder: Path) -> str:
@@ -59,7 +59,7 @@ def tokenizer_bytes(source: str | Path) -> bytes:
     if path.suffix == ".gguf":
         return gguf_tokenizer.rebuild(path).to_str().encode()
     content = _read(path)
-    _parse(content, path)
+    parse_tokenizer(content, path)
     return content
 
 
@@ -155,7 +155,8 @@ def _read(path: Path) -> bytes:
         raise TokenizerError(f"{path} cannot be read: {wrong.strerror}") from None
 
 
-def _parse(content: bytes, path: Path) -> Tokenizer:
+def parse_tokenizer(content: bytes, path: Path) -> Tokenizer:
+    """The tokenizer in the bytes of a tokenizer.json; TokenizerError (naming `path`) where they hold something else."""
     try:
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as wrong:  # the library raises plain Exception

@@ -5,6 +5,7 @@ Shape letters: N rows asked for, K bytes a row, P pages, R rows a page.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
 import os
@@ -215,14 +216,21 @@ class MappedTable:
                 hint="copy the file again, or export the package again",
             )
 
-    def ask(self, pages: Ints) -> None:
-        """Ask the kernel to read pages (ascending) that were not asked for before; returns once all are asked for."""
-        fresh = pages[self._marks[pages] & _ASKED == 0]
-        if not fresh.size or not hasattr(os, "posix_fadvise"):
-            return
+    def claim(self, pages: Ints) -> Ints:
+        """Those of the pages (ascending) that nobody asked for yet; they count as asked for from now on."""
+        fresh: Ints = pages[self._marks[pages] & _ASKED == 0]
         self._marks[fresh] |= _ASKED
-        edges = np.flatnonzero(np.diff(fresh) > 1) + 1
-        for begin, end in zip(fresh[np.r_[0, edges]].tolist(), fresh[np.r_[edges - 1, -1]].tolist(), strict=True):
+        return fresh
+
+    def read_ahead(self, pages: Ints) -> None:
+        """Ask the kernel to read pages (ascending); returns once all are asked for, which may take as long as reading.
+
+        A page that the kernel dropped again costs an ordinary page fault later, never a wrong row.
+        """
+        if not pages.size or not hasattr(os, "posix_fadvise"):
+            return
+        edges = np.flatnonzero(np.diff(pages) > 1) + 1
+        for begin, end in zip(pages[np.r_[0, edges]].tolist(), pages[np.r_[edges - 1, -1]].tolist(), strict=True):
             # The same read-ahead as madvise(WILLNEED), but Python lets other threads run while it blocks.
             os.posix_fadvise(self._handle, self._begin + begin * PAGE, (end - begin + 1) * PAGE, os.POSIX_FADV_WILLNEED)
 
@@ -241,6 +249,13 @@ class MappedTable:
             begin = page * self.rows_per_page
             rows = content[:, :used].reshape(-1, self.row_bytes)
             yield begin, rows[: self.rows - begin]
+
+    def seal(self) -> str:
+        """SHA-256 of the file without its pages: header and checksums, which together pin every byte."""
+        digest = hashlib.sha256(self.geometry.header)
+        for offset in range(self._begin + self.pages * PAGE, self._bytes, 1 << 20):
+            digest.update(os.pread(self._handle, min(1 << 20, self._bytes - offset), offset))
+        return digest.hexdigest()
 
     def trim(self) -> None:
         """Give back the memory through which this process sees the file."""

@@ -1,0 +1,39 @@
+"""Folders made from folders: where one may be written, and copies that prove themselves."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from engram import EngramError, Progress
+
+_BLOCK = 1 << 20
+
+
+def check_target(source: Path, out: Path, *, force: bool, error: type[EngramError]) -> None:
+    """Refuse an `out` that would overwrite its own source, or something that is no artifact of ours."""
+    here, there = source.resolve(), out.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise error(f"--out {out} and its source {source} lie in one another", hint="choose a folder of its own")
+    if not out.exists():
+        return
+    if not force:
+        raise error(f"{out} exists", hint="choose another --out, or pass --force to replace it")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "engram.json").is_file()):
+        raise error(f"{out} is not an engram folder, --force does not replace it", hint="remove it yourself")
+
+
+def copy_hashed(source: Path, target: Path, progress: Progress | None = None) -> str:
+    """Copy a file's content and return the SHA-256 of what was written."""
+    digest = hashlib.sha256()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        source.open("rb") as reading,
+        target.open("wb") as writing,
+        (progress or Progress()).task(f"copy {source.name}", source.stat().st_size, "B") as task,
+    ):
+        while block := reading.read(_BLOCK):
+            digest.update(block)
+            writing.write(block)
+            task.advance(len(block))
+    return digest.hexdigest()

@@ -1,0 +1,424 @@
+"""The package: the folder that a laptop maps. Write, open, verify; FORMAT.md section 3 specifies it. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram import EngramError, Progress, __version__
+from engram.builders import checkpoint as checkpoints
+from engram.builders.backbone import BackboneRef, file_sha256
+from engram.builders.checkpoint import DENSE, MANIFEST, TOKENIZER_FILES, atomic_folder, table_file
+from engram.builders.layout import Layout
+from engram.kernels.codecs import find_codec
+from engram.quantize import tables as quantized
+from engram.quantize.folder import check_target, copy_hashed
+from engram.quantize.mapped import MappedTable
+from engram.quantize.row_store import RowWriter, TableFile, write_table
+
+FORMAT = "engram-package"
+VERSION = 1
+TOKEN_MAP = "token_map.safetensors"
+_FIELDS = {
+    "format",
+    "version",
+    "manifest_seal",
+    "engram",
+    "origin",
+    "layout",
+    "gate",
+    "backbone",
+    "tables",
+    "sha256",
+    "bytes",
+}
+_SEAL = re.compile(rb'"manifest_seal": "([0-9a-f]{64})"')
+_UNSEALED = b"0" * 64
+_SMALL = 1 << 20  # larger backbone files are hashed by verify, not at every open
+
+
+class PackageError(EngramError):
+    """A package that cannot be written, or one that is damaged, mislabelled or of another version."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What becomes a package, and where."""
+
+    source: Path
+    out: Path
+    embed_backbone: bool = True
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Package:
+    """An opened package: small files checked, tables mapped (`layers`, by layer)."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    layout: Layout
+    layers: dict[int, MappedTable]
+
+    @property
+    def backbone(self) -> BackboneRef:
+        """Where the backbone is; an embedded one lies in `folder`."""
+        return BackboneRef.from_json(self.manifest["backbone"])
+
+    def gates(self) -> dict[int, dict[str, Any]]:
+        """Gate configuration (as JSON) of every layer."""
+        return {int(layer): dict(config) for layer, config in self.manifest["gate"].items()}
+
+    def dense(self) -> dict[int, dict[str, NDArray[np.float32]]]:
+        """Dense weights of every layer's gate, by parameter name."""
+        return checkpoints.split_dense(self.folder / DENSE)
+
+    def close(self) -> None:
+        """Unmap the tables."""
+        for table in self.layers.values():
+            table.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+# Writing
+
+
+def export_package(config: ExportConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Write a package from a float checkpoint, a quantized one, or another package.
+
+    Returns the fields of `engram export --json`. Nothing appears under `out` before all of it is on the disk. Raises
+    PackageError or CheckpointError for a source that is damaged, BackboneError for a backbone that is.
+    """
+    begin = time.monotonic()
+    progress = progress or Progress()
+    check_target(config.source, config.out, force=config.force, error=PackageError)
+    with _source(config.source) as (manifest, layout, layers):
+        with atomic_folder(config.out, force=config.force, error=PackageError) as folder:
+            (folder / "tables").mkdir()
+            written = {
+                str(layer): {
+                    "file": table_file(layer),
+                    **asdict(_write_table(config.source, layer, layout, layers, folder, progress)),
+                }
+                for layer in layout.layers
+            }
+            small = {}
+            for name in (DENSE, *TOKENIZER_FILES, *([TOKEN_MAP] if layout.token_map is not None else [])):
+                if (config.source / name).is_file():
+                    small[name] = copy_hashed(config.source / name, folder / name)
+                elif name != TOKENIZER_FILES[1]:
+                    raise PackageError(f"{config.source} holds no {name}, which a package needs")
+                if name in manifest["sha256"] and manifest["sha256"][name] != small[name]:
+                    raise PackageError(f"{config.source / name} changed while it was copied")
+            reference = BackboneRef.from_json(manifest["backbone"])
+            place = _embed if config.embed_backbone else _refer
+            backbone = place(reference, config.source, folder, progress)
+            sizes = {str(path.relative_to(folder).as_posix()): path.stat().st_size for path in _files(folder)}
+            origin = manifest.get("origin", {}) | {k: v for k, v in manifest.items() if k not in _FIELDS}
+            content = {
+                "format": FORMAT, "version": VERSION, "manifest_seal": _UNSEALED.decode(),
+                "engram": __version__, "origin": origin,
+                "layout": layout.to_json(), "gate": manifest["gate"], "backbone": backbone.to_json(),
+                "tables": written, "sha256": small, "bytes": sizes,
+            }  # fmt: skip
+            data = (json.dumps(content, indent=1) + "\n").encode()
+            data = data.replace(_UNSEALED, hashlib.sha256(data).hexdigest().encode(), 1)
+            (folder / MANIFEST).write_bytes(data)
+    return {
+        "out": str(config.out), "files": len(sizes) + 1, "bytes": sum(sizes.values()) + len(data),
+        "tables": {n: {"codec": t["codec"], "rows": t["rows"], "bytes": t["bytes"]} for n, t in written.items()},
+        "backbone": backbone.kind, "seconds": time.monotonic() - begin,
+    }  # fmt: skip
+
+
+@contextmanager
+def _source(folder: Path) -> Iterator[tuple[dict[str, Any], Layout, dict[int, MappedTable] | None]]:
+    """Manifest, layout and mapped tables of what is to be exported; no mapped tables where they are still float."""
+    formats = (checkpoints.FORMAT, quantized.FORMAT, FORMAT)
+    manifest = checkpoints.read_manifest(folder, formats, VERSION)
+    if manifest["format"] == checkpoints.FORMAT:
+        opened = checkpoints.open_checkpoint(folder)
+        yield opened.manifest, opened.layout, None
+        return
+    if manifest["format"] == quantized.FORMAT:
+        with _as_package_errors(folder):
+            checkpoints.check_small_files(folder, manifest)
+            layout = Layout.load(folder)
+            package = Package(folder, manifest, layout, _open_tables(folder, manifest, layout, "first-touch"))
+    else:
+        package = open_package(folder)
+    with package:
+        yield package.manifest, package.layout, package.layers
+
+
+def _write_table(
+    source: Path, layer: int, layout: Layout, layers: dict[int, MappedTable] | None, folder: Path, progress: Progress
+) -> TableFile:
+    """A float table as codec f32, or the rows of a table file written again after their checksums were compared."""
+    rows, width, target = layout.table_rows[layer], layout.head_dim, folder / table_file(layer)
+    if layers is None:
+        blocks = quantized.float_blocks(checkpoints.open_checkpoint(source), layer)
+        codec = find_codec("f32")
+        return write_table(target, blocks, rows=rows, width=width, codec=codec, layer=layer, progress=progress)
+    with (
+        RowWriter(target, rows, width, layers[layer].codec, layer) as writer,
+        progress.task(f"layer {layer}", rows, "rows") as task,
+    ):
+        for _, block in layers[layer].blocks():
+            writer.append(block)
+            task.advance(len(block))
+    assert writer.table_file is not None
+    return writer.table_file
+
+
+def _embed(reference: BackboneRef, source: Path, folder: Path, progress: Progress) -> BackboneRef:
+    """Copy the backbone's files into `backbone/`, each compared with the hash that the reference states."""
+    if reference.kind == "hf" and not Path(reference.path).is_dir():
+        reference = replace(reference, path=_cached(reference.path))
+    if not reference.sha256:
+        reference = BackboneRef.find(reference.path, reference.dtype)
+    hashes = {}
+    for name, path in reference.files(source).items():
+        if not path.is_file():
+            raise PackageError(f"backbone file {path} is missing", hint="the checkpoint refers to a file that moved")
+        target = "model.gguf" if path.suffix == ".gguf" else name
+        hashes[target] = copy_hashed(path, folder / "backbone" / target, progress)
+        if hashes[target] != reference.sha256[name]:
+            raise PackageError(
+                f"backbone file {path} has SHA-256 {hashes[target]}, the checkpoint names {reference.sha256[name]}",
+                hint="the memory was trained for another backbone than this file; restore it or train again",
+            )
+    return BackboneRef("embedded", "backbone", reference.dtype, hashes)
+
+
+def _refer(reference: BackboneRef, source: Path, folder: Path, progress: Progress) -> BackboneRef:
+    """A reference that holds from everywhere: what lay beside the checkpoint is named by its full path."""
+    if reference.kind == "embedded":
+        root = (source / reference.path).resolve()
+        gguf = next((name for name in reference.sha256 if name.endswith(".gguf")), None)
+        kind, path = ("gguf", root / gguf) if gguf else ("hf", root)
+        reference = replace(reference, kind=kind, path=str(path))
+    if reference.files(source):
+        with progress.task("hash the backbone"):
+            reference.verify(source)
+    return reference
+
+
+def _cached(name: str) -> str:
+    """Folder of a hub model that was downloaded before."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return str(snapshot_download(name, local_files_only=True))
+    except (ImportError, OSError, ValueError) as wrong:
+        raise PackageError(
+            f"backbone {name!r} is neither a folder nor in the hub's cache: {str(wrong).splitlines()[0]}",
+            hint="download it, or export with --reference-backbone",
+        ) from None
+
+
+# Reading
+
+
+def open_package(folder: Path, *, verify: str = "first-touch") -> Package:
+    """Check a package as FORMAT.md section 3.2 says and map its tables; `verify` is MappedTable's.
+
+    Raises PackageError, naming the file and what is wrong with it.
+    """
+    with _as_package_errors(folder):
+        manifest = _read_manifest(folder)
+        for problem in _file_problems(folder, manifest, whole=False):
+            raise PackageError(problem, hint="copy the package again, or export it again")
+        layout = Layout.load(folder)
+        return Package(folder, manifest, layout, _open_tables(folder, manifest, layout, verify))
+
+
+@contextmanager
+def _as_package_errors(folder: Path) -> Iterator[None]:
+    """Every way in which a package is wrong is a PackageError."""
+    try:
+        yield
+    except PackageError:
+        raise
+    except EngramError as wrong:
+        raise PackageError(str(wrong), hint=wrong.hint) from wrong
+    except (KeyError, TypeError, ValueError, AttributeError) as wrong:
+        raise PackageError(
+            f"{folder / MANIFEST} has a field that is missing or of the wrong type: {wrong!r}"
+        ) from wrong
+    except OSError as wrong:
+        raise PackageError(f"{wrong.filename or folder} cannot be read: {wrong.strerror}") from wrong
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, after its format, version, seal and keys were checked."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise PackageError(f"{folder} is no package: it holds no {MANIFEST}", hint="make one with: engram export")
+    data = path.read_bytes()
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError) as wrong:
+        raise PackageError(f"{path} is not JSON: {wrong}", hint="copy the package again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise PackageError(f"{path} has format {found!r}, expected {FORMAT!r}", hint="make a package: engram export")
+    if manifest.get("version") != VERSION:
+        raise PackageError(
+            f"{path} has version {manifest.get('version')!r}, this release reads {VERSION}",
+            hint="use the release of engram that wrote it, or export again",
+        )
+    seals = _SEAL.findall(data)
+    if len(seals) != 1 or hashlib.sha256(data.replace(seals[0], _UNSEALED)).hexdigest() != seals[0].decode():
+        raise PackageError(f"{path} does not match its seal", hint="it was altered: copy the package again")
+    if manifest.keys() != _FIELDS:
+        raise PackageError(f"{path} has the fields {sorted(manifest)}, version {VERSION} has {sorted(_FIELDS)}")
+    return manifest
+
+
+def _file_problems(folder: Path, manifest: dict[str, Any], *, whole: bool) -> Iterator[str]:
+    """What is wrong with the files that the manifest names; `whole` hashes the large ones too."""
+    backbone = manifest["backbone"]
+    hashes: dict[str, str] = dict(manifest["sha256"])
+    hashes |= {table["file"]: table["sha256"] for table in manifest["tables"].values()}
+    if backbone["kind"] == "embedded":
+        hashes |= {f"backbone/{name}": value for name, value in backbone["sha256"].items()}
+    if hashes.keys() != manifest["bytes"].keys():
+        yield f"{folder / MANIFEST} names other files in 'bytes' than it has hashes for"
+        return
+    for name, size in manifest["bytes"].items():
+        path = folder / name
+        if not _is_plain(name):
+            yield f"{folder / MANIFEST} names a file {name!r}, which may lie outside the package"
+        elif not path.is_file():
+            yield f"{path} is missing, the manifest names it"
+        elif path.stat().st_size != size:
+            kind = "truncated" if path.stat().st_size < size else "longer"
+            yield f"{path} has {path.stat().st_size} bytes, the manifest says {size}: it is {kind}"
+        elif whole or name in manifest["sha256"] or (name.startswith("backbone/") and size <= _SMALL):
+            if (found := file_sha256(path)) != hashes[name]:
+                yield f"{path} has SHA-256 {found}, the manifest says {hashes[name]}: it was altered"
+    for path in [*_files(folder / "tables"), *_files(folder / "backbone")]:
+        if path.relative_to(folder).as_posix() not in manifest["bytes"]:
+            yield f"{path} is not part of the package: the manifest does not name it"
+
+
+def _open_tables(folder: Path, manifest: dict[str, Any], layout: Layout, verify: str) -> dict[int, MappedTable]:
+    """Map the tables after comparing each with manifest and layout; all are closed again if one is refused."""
+    for name in ("tables", "gate"):
+        if sorted(map(int, manifest[name])) != sorted(layout.layers):
+            raise PackageError(
+                f"{folder / MANIFEST} has {name} for layers {sorted(map(int, manifest[name]))}, "
+                f"its layout has {sorted(layout.layers)}"
+            )
+    opened: dict[int, MappedTable] = {}
+    try:
+        for layer in layout.layers:
+            opened[layer] = _open_table(folder, manifest["tables"][str(layer)], layer, layout, verify)
+    except BaseException:
+        for table in opened.values():
+            table.close()
+        raise
+    return opened
+
+
+def _open_table(folder: Path, entry: dict[str, Any], layer: int, layout: Layout, verify: str) -> MappedTable:
+    wanted = {"rows": layout.table_rows[layer], "width": layout.head_dim}
+    for name, value in wanted.items():
+        if entry[name] != value:
+            raise PackageError(f"{folder / MANIFEST} has a table of {entry[name]} {name} for layer {layer}, "
+                               f"its layout has {value}")  # fmt: skip
+    find_codec(entry["codec"], entry["codec_version"])
+    if not _is_plain(entry["file"]):
+        raise PackageError(f"{folder / MANIFEST} names a file {entry['file']!r}, which may lie outside the package")
+    table = MappedTable.open(folder / entry["file"], codec=entry["codec"], layer=layer, verify=verify, **wanted)
+    if table.seal() != entry["seal"]:
+        table.close()
+        raise PackageError(
+            f"table file {folder / entry['file']} is whole, but not the one that the manifest describes",
+            hint="it comes from another export: copy the package again",
+        )
+    return table
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name stays inside the folder."""
+    path = PurePosixPath(name)
+    return path.as_posix() == name and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+
+
+# Verifying
+
+
+def verify_package(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Check everything: whole files, every page, every row, the backbone; all problems are gathered, none raised.
+
+    Returns {"ok", "checked": {"files", "bytes", "tables", "pages", "rows"}, "problems"}. Raises PackageError only where
+    there is no package at all.
+    """
+    progress = progress or Progress()
+    checked = {"files": 0, "bytes": 0, "tables": 0, "pages": 0, "rows": 0}
+    problems: list[str] = []
+    if not (folder / MANIFEST).is_file():
+        raise PackageError(f"{folder} is no package: it holds no {MANIFEST}", hint="make one with: engram export")
+    try:
+        with _as_package_errors(folder):
+            manifest = _read_manifest(folder)
+            with progress.task("hash all files"):
+                problems += _file_problems(folder, manifest, whole=True)
+            checked["files"], checked["bytes"] = len(manifest["bytes"]), sum(manifest["bytes"].values())
+            layout = Layout.load(folder)
+            for layer in layout.layers:
+                problems += _table_problems(folder, manifest, layer, layout, checked, progress)
+            Package(folder, manifest, layout, _open_tables(folder, manifest, layout, "off")).close()
+            reference = BackboneRef.from_json(manifest["backbone"])
+            if reference.kind != "embedded":
+                reference.verify(folder)
+    except PackageError as wrong:
+        problems.append(str(wrong))
+    problems = list(dict.fromkeys(problems))
+    return {"ok": not problems, "checked": checked, "problems": problems}
+
+
+def _table_problems(
+    folder: Path, manifest: dict[str, Any], layer: int, layout: Layout, checked: dict[str, int], progress: Progress
+) -> Iterator[str]:
+    """What is wrong with a table's header, pages and rows: the first of each kind."""
+    try:
+        with _as_package_errors(folder), _open_table(
+            folder, manifest["tables"][str(layer)], layer, layout, "first-touch"
+        ) as table, progress.task(f"layer {layer}", table.rows, "rows") as task:  # fmt: skip
+            for first, block in table.blocks():
+                finite = np.isfinite(table.codec.decode(block, table.width)).all(axis=1)
+                if not finite.all():
+                    raise PackageError(
+                        f"table file {table.path} (layer {layer}): row {first + int(finite.argmin())} is not finite"
+                    )
+                task.advance(len(block))
+            checked["tables"] += 1
+            checked["pages"] += table.pages
+            checked["rows"] += table.rows
+    except PackageError as wrong:
+        yield str(wrong)

@@ -1,0 +1,51 @@
+"""How much memory this process may still take: the smallest of the machine's, its container's and its own limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def available_bytes() -> int | None:
+    """Bytes that can still be allocated, as far as the system tells; None where it tells nothing."""
+    found = [value for value in (_machine(), _container(), *_process()) if value is not None]
+    return max(0, min(found)) if found else None
+
+
+def _fields(path: str) -> dict[str, int]:
+    """`Name:  123 kB` lines of a proc file, in bytes."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return {}
+    words = [line.replace(":", " ").split() for line in lines]
+    return {word[0]: int(word[1]) * 1024 for word in words if len(word) == 3 and word[2] == "kB" and word[1].isdigit()}
+
+
+def _machine() -> int | None:
+    return _fields("/proc/meminfo").get("MemAvailable")
+
+
+def _container() -> int | None:
+    """Room left in the cgroup (version 2) that bounds this process; page cache counts as room."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else int(limit) - used + int(stat.get("file", 0))
+
+
+def _process() -> list[int | None]:
+    """Room left under RLIMIT_DATA and RLIMIT_AS."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return []
+    used = _fields("/proc/self/status")
+    out: list[int | None] = []
+    for limit, name in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        soft = resource.getrlimit(limit)[0]
+        out.append(None if soft == resource.RLIM_INFINITY else soft - used.get(name, 0))
+    return out

@@ -16,7 +16,7 @@ def train(
         str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one (engram recipe ls).")
     ],
     overrides: Annotated[
-        Optional[list[str]], typer.Argument(metavar="KEY=VALUE", help="Values to change, e.g. optim.lr=1e-3.")
+        Optional[list[str]], typer.Argument(metavar="KEY=VALUE", help="Values to change, e.g. optimizer.lr=1e-3.")
     ] = None,
     out: Annotated[
         Optional[Path], typer.Option("--out", metavar="PATH", help="Where to write; the same as out=PATH.")

@@ -121,7 +121,7 @@ def test_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     words = [
         "train",
         "r.yaml",
-        "optim.lr=1",
+        "optimizer.lr=1",
         "--out",
         "here",
         "--resume",

@@ -1,7 +1,8 @@
 """From files, folders, globs and standard input to documents, one at a time.
 
 A document is one text file, one line of a .jsonl file or one row of a .parquet file. A text larger than PIECE_BYTES is
-the exception: it is cut at paragraph borders into documents of at most that size, so that no file fills the memory.
+the exception: it is cut at paragraph borders into documents of at most that size, so that no file fills the memory and
+all cores find work.
 What cannot be read is counted and named, never fatal unless `strict`.
 """
 
@@ -27,7 +28,7 @@ LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET_SUFFIX = ".parquet"
 STDIN = "-"
 PIECE_BYTES = 1 << 20
-LONGEST_LINE_BYTES = 256 << 20
+LONGEST_LINE_BYTES = 64 << 20
 NAMED = 5  # problems that are named one by one; the rest are in the total
 
 
@@ -172,7 +173,7 @@ class _Reader:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if undecodable:
             self.problem(path, number, "line", undecodable, kept=True)
-        yield Document(text, path, number)
+        yield from _pieces(text, path, number)
 
     def parquet(self, path: str) -> Iterator[Document]:
         import pyarrow
@@ -190,7 +191,7 @@ class _Reader:
                     for text in batch.column(0).to_pylist():
                         number += 1
                         if isinstance(text, str):
-                            yield Document(text, path, number)
+                            yield from _pieces(text, path, number)
                         else:
                             self.problem(path, number, "row", f"no text in the column {column!r}")
         except (pyarrow.ArrowException, UnicodeDecodeError) as wrong:
@@ -263,6 +264,17 @@ def _folder(folder: Path, config: CorpusConfig) -> list[str]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         out += [os.path.join(here, n) for n in names if not n.startswith(".") and n.lower().endswith(wanted)]
     return sorted(out)
+
+
+def _pieces(text: str, path: str, number: int) -> Iterator[Document]:
+    """One document, or several where the text is too large for one."""
+    if len(text) * 4 <= PIECE_BYTES or len(block := text.encode()) <= PIECE_BYTES:
+        yield Document(text, path, number)
+        return
+    while block:
+        cut = len(block) if len(block) <= PIECE_BYTES else _border(block[:PIECE_BYTES])
+        yield Document(block[:cut].decode(), path, number)
+        block = block[cut:]
 
 
 def _border(block: bytes) -> int:

@@ -26,17 +26,20 @@ def build_vocab(
         str, typer.Option(help="Rows per head, or auto: from the corpus.", metavar="N|auto")
     ] = "auto",
     budget: Annotated[
-        Optional[str], typer.Option(help="For auto: the most bytes all tables may take as float32.", metavar="SIZE")
+        Optional[str],
+        typer.Option(help="For auto: the most bytes all tables may take as float32; default: 2GiB.", metavar="SIZE"),
     ] = None,
     target_collisions: Annotated[
         Optional[float],
-        typer.Option(metavar="SHARE", help="For auto: the share of distinct n-grams that may share a row."),
+        typer.Option(
+            metavar="SHARE", help="For auto: the share of distinct n-grams that may share a row; default: 0.5."
+        ),
     ] = None,
     head_dim: Annotated[int, typer.Option(metavar="N", help="Width of one row.", min=1)] = 64,
     layers: Annotated[str, typer.Option(help="Blocks (from 0) that get a memory.", metavar="L,L")] = "1,15",
     seed: options.Seed = 0,
     pad_id: Annotated[
-        Optional[int], typer.Option(help="Raw id before a document's start; default: the dialect's.")
+        Optional[int], typer.Option(help="Raw id before a document's start; default: 2, or the reset id.")
     ] = None,
     reset_id: Annotated[
         Optional[int], typer.Option(help="Raw id that ends a document: no n-gram reaches across.")
@@ -49,7 +52,7 @@ def build_vocab(
     suffix: options.Suffixes = [],
     strict: options.Strict = False,
     workers: Annotated[
-        Optional[int], typer.Option(metavar="N", help="Processes; default: one per core.", min=1)
+        Optional[int], typer.Option(metavar="N", help="Threads of the tokenizer; default: one per core.", min=1)
     ] = None,
     force: options.Force = False,
     json: options.Json = False,

@@ -35,11 +35,26 @@ def emit(result: Mapping[str, Any]) -> None:
 
 
 def report(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:
-    """The end of every reporting command: the JSON object, or a two-column table of the same fields."""
+    """The end of every reporting command: the JSON object, or the same fields in words, a line each.
+
+    Nested fields (a curve, a figure per head) are for programs: the words name them and leave them to --json.
+    """
     if as_json:
-        emit(result)
-    else:
-        table(title, ["", ""], [[key, show(key, value)] for key, value in result.items()])
+        return emit(result)
+    if title:
+        print(title)
+    flat = {key: value for key, value in result.items() if _depth(value) < 2}
+    width = max(map(len, flat), default=0)
+    for key, value in flat.items():
+        print(f"  {key:<{width}}  {show(key, value)}")
+    if nested := [key for key in result if key not in flat]:
+        say(f"with --json also: {', '.join(nested)}")
+
+
+def _depth(value: Any) -> int:
+    """0 for one value, 1 for a list or mapping of such, 2 for anything deeper or too long for a line."""
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return min(2, 1 + max(map(_depth, parts), default=0) + (len(parts) > 32)) if parts else 0
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], to_stderr: bool = False) -> None:
@@ -64,7 +79,7 @@ def show(key: str, value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, Mapping):
-        return "\n".join(f"{name}: {show(str(name), part)}" for name, part in value.items()) or "-"
+        return ", ".join(f"{name}: {show(key, part)}" for name, part in value.items()) or "-"
     if isinstance(value, (list, tuple)):
         return ", ".join(show("", part) for part in value) or "-"
     if isinstance(value, (int, float)):

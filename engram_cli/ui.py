@@ -79,7 +79,7 @@ def show(key: str, value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {show(key, part)}" for name, part in value.items()) or "-"
+        return "  ".join(f"{name}: {show(key, part)}" for name, part in value.items()) or "-"
     if isinstance(value, (list, tuple)):
         return ", ".join(show("", part) for part in value) or "-"
     if isinstance(value, (int, float)):

@@ -63,7 +63,7 @@ class OrderCounts:
             keys, counts = keys[better], counts[better]
         keys, counts = np.concatenate([self.top_keys, keys]), np.concatenate([self.top_counts, counts])
         if len(counts) > top > 0:  # all above the top-th count, and of its equals the first: the lowest keys
-            least = np.partition(counts, len(counts) - top)[len(counts) - top]
+            least = _largest(counts, top)
             above = np.flatnonzero(counts > least)
             kept = np.concatenate([above, np.flatnonzero(counts == least)[: top - len(above)]])
             keys, counts = keys[kept], counts[kept]
@@ -304,3 +304,11 @@ def _count(keys: Keys, weights: Counts | None = None) -> tuple[Keys, Counts]:
     if weights is not None:
         return keys[first], np.add.reduceat(weights, first)
     return keys[first], np.diff(first, append=len(keys))
+
+
+def _largest(counts: Counts, place: int) -> int:
+    """The `place`-th largest count, by a histogram: a selection is slow where nearly all counts are 1."""
+    many = np.bincount(np.minimum(counts, SMALL_COUNT), minlength=SMALL_COUNT + 1)
+    if many[SMALL_COUNT] >= place:
+        return int(np.sort(counts[counts >= SMALL_COUNT])[-place])
+    return SMALL_COUNT - int(np.searchsorted(np.cumsum(many[::-1]), place))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,22 @@ def test_a_budget_gives_the_same_bits(tmp_path: Path) -> None:
     rows = random_rows((1, 300, 8))
     assert reader.take(reader.ask(rows), 1).tobytes() == decoded[1][rows[1]].tobytes()
     assert reader.budget is not None and reader.budget.trims > 0
+    reader.close()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_threads_share_a_reader(tmp_path: Path, placement: str) -> None:
+    package, decoded = tables(tmp_path)
+    reader = RowReader(package, placement, cache_bytes=1 << 20)
+
+    def work(seed: int) -> bool:
+        rows = random_rows((1, 20, 8), seed)
+        ticket = reader.ask(rows)
+        return all(reader.take(ticket, n).tobytes() == decoded[n][rows[n]].tobytes() for n in rows)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(100)))
+    assert reader.counters()["rows_asked"] == 100 * 2 * 160
     reader.close()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import time
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from engram.builders import collisions, statistics, statistics_plot
 from engram.builders.corpus import CorpusConfig
 from engram.builders.layout import Layout
 from engram.builders.ngram_counts import NgramCounts
+from engram.builders.process_memory import resident_bytes
 from engram.builders.token_cache import TokenCache
 from engram.builders.tokenizer import FILE, load_tokenizer, save_tokenizer, special_tokens
 from engram.builders.vocab import Compressed, compress_vocabulary
@@ -109,7 +109,7 @@ def build_vocab(config: BuildVocabConfig, progress: Progress = Progress()) -> di
         "rows_per_head": choice.rows_per_head, "rows_decided_by": choice.decided_by,
         "dialect": layout.dialect, "orders": list(layout.orders), "heads": layout.heads, "head_dim": layout.head_dim,
         "layers": list(layout.layers), "pad_id": layout.pad_id, "tokenizer_sha256": sha256, **figures,
-        "seconds": time.perf_counter() - began, "peak_rss_bytes": _peak_rss_bytes(),
+        "seconds": time.perf_counter() - began, "peak_rss_bytes": resident_bytes()["peak_rss_bytes"],
     }  # fmt: skip
     _write(half / "stats.json", (json.dumps(result, indent=1) + "\n").encode())
     shutil.rmtree(half / "work")
@@ -243,7 +243,3 @@ def _write(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def _peak_rss_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -169,20 +169,6 @@ class Session:
         return Session(self.model, self.line.fork())
 
 
-def resident_bytes() -> dict[str, int]:
-    """Resident memory of this process now: all, anonymous, mapped files; and the highest so far."""
-    import resource
-
-    found = {"rss_bytes": 0, "rss_anon_bytes": 0, "rss_file_bytes": 0}
-    names = {"VmRSS": "rss_bytes", "RssAnon": "rss_anon_bytes", "RssFile": "rss_file_bytes"}
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else []:
-        name, _, value = line.partition(":")
-        if name in names:
-            found[names[name]] = int(value.split()[0]) * 1024
-    return found | {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-
-
 def probabilities(logits_V: Tensor, temperature: float, top_p: float) -> Tensor:
     """Sampling distribution [V]: softmax at a temperature, cut to the smallest set of tokens that holds `top_p`."""
     values = torch.softmax(logits_V / temperature, dim=-1)

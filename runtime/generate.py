@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from engram import Progress
-from engram.runtime.engine import EngineError, Model, Session, probabilities, resident_bytes
+from engram.builders.process_memory import resident_bytes
+from engram.runtime.engine import EngineError, Model, Session, probabilities
 
 
 @dataclass(frozen=True)

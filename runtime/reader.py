@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram import EngramError, Progress
+from engram.builders.process_memory import available_bytes
 from engram.kernels.codecs import Bytes, Floats
 from engram.quantize.mapped import Budget, MappedTable
-from engram.runtime.memory import available_bytes
 
 Ints = NDArray[np.int64]
 

@@ -1,7 +1,8 @@
-"""How much memory this process may still take: the smallest of the machine's, its container's and its own limits."""
+"""How much memory this process holds, and how much it may still take."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 
@@ -9,6 +10,21 @@ def available_bytes() -> int | None:
     """Bytes that can still be allocated, as far as the system tells; None where it tells nothing."""
     found = [value for value in (_machine(), _container(), *_process()) if value is not None]
     return max(0, min(found)) if found else None
+
+
+def resident_bytes() -> dict[str, int]:
+    """Resident memory of this process now (all, anonymous, mapped files) and the highest so far, in bytes.
+
+    The highest is the kernel's VmHWM: getrusage's figure is inherited from the parent through fork and exec.
+    """
+    fields = _fields("/proc/self/status")
+    if "VmHWM" not in fields:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        fields["VmHWM"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    names = {"rss_bytes": "VmRSS", "rss_anon_bytes": "RssAnon", "rss_file_bytes": "RssFile", "peak_rss_bytes": "VmHWM"}
+    return {name: fields.get(field, 0) for name, field in names.items()}
 
 
 def _fields(path: str) -> dict[str, int]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engram.builders import process_memory
 from engram.kernels.codecs import CODECS, Floats
 from engram.quantize.mapped import MappedTable
 from engram.quantize.row_store import RowStoreError, write_table
-from engram.runtime import memory
 from engram.runtime.reader import PLACEMENTS, Ints, ReaderError, RowReader
 
 SIZES = {1: 3000, 5: 777}  # rows of each layer's table
@@ -180,7 +180,7 @@ def test_a_refused_allocation_is_a_reader_error(tmp_path: Path, monkeypatch: pyt
 
 
 def test_available_memory_is_a_plausible_number() -> None:
-    available = memory.available_bytes()
+    available = process_memory.available_bytes()
     assert available is None or 1 << 20 < available < 1 << 50
 
 

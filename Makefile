@@ -31,7 +31,7 @@ docs: setup ## write docs/cli.md again from the live --help
 	$(BIN)/python -m engram.cli.help docs/cli.md
 
 bench: setup ## the benchmarks, each behind its parity gate
-	@shopt -s nullglob; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
+	@shopt -s nullglob; for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
 
 gguf: setup ## llama-cpp-python, compiled once from source; the wheel is kept in .cache/wheels
 	@command -v c++ >/dev/null || { echo "error: no C++ compiler; hint: apt-get install build-essential cmake" >&2; exit 1; }

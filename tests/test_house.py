@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -193,6 +194,9 @@ def test_every_file_is_on_the_map() -> None:
     map_text = (ROOT / "docs" / "house.md").read_text("utf-8")
     missing = [str(file.relative_to(ROOT)) for file in room_files() if f"`{file.name}`" not in map_text]
     assert not missing, f"add to docs/house.md: {missing}"
+    there = {file.name for file in room_files()}
+    gone = [name for name in re.findall(r"`([a-z0-9_]+\.py)`", map_text.split("## Laws")[0]) if name not in there]
+    assert not gone, f"docs/house.md names files that are not there: {gone}"
 
 
 def test_distribution_says_what_the_package_says() -> None:

@@ -57,19 +57,22 @@ def compress_vocabulary(tokenizer: Tokenizer) -> Compressed:
 
     An id that decodes to a part of a UTF-8 sequence is keyed by its raw vocabulary string, not normalised; both kinds
     of key share one dictionary (a byte's raw string may be a real character's key). A text that normalises to nothing
-    keeps itself as key. Raises VocabError for an id without a token: the map would be ambiguous.
+    keeps itself as key. Raises VocabError where the ids have a gap.
     """
     size = tokenizer.get_vocab_size(with_added_tokens=True)
+    raw: list[str] = []
+    for i in range(size):
+        token = tokenizer.id_to_token(i)
+        if token is None:
+            raise VocabError(f"id {i} of {size} has no token", hint="a tokenizer's ids must run without gaps")
+        raw.append(token)
     normal_form = normalizer().normalize_str
     numbers: dict[str, int] = {}
     token_map = np.empty(size, dtype=np.int64)
     texts = tokenizer.decode_batch([[i] for i in range(size)], skip_special_tokens=False)
     for i, text in enumerate(texts):
         if "\ufffd" in text:
-            raw = tokenizer.id_to_token(i)
-            if raw is None:
-                raise VocabError(f"id {i} of {size} has no token", hint="the tokenizer's ids must run without gaps")
-            key = raw
+            key = raw[i]
         else:
             key = normal_form(text) or text
         token_map[i] = numbers.setdefault(key, len(numbers))

@@ -30,8 +30,10 @@ test: setup-dev ## ruff, mypy --strict and every test
 docs: setup ## write docs/cli.md again from the live --help
 	$(BIN)/python -m engram.cli.help docs/cli.md
 
-bench: setup ## the benchmarks, each behind its parity gate
-	@shopt -s nullglob; for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
+bench: setup ## the benchmarks on a corpus of yours: make bench CORPUS="folder more.jsonl"
+	@[ -n "$(CORPUS)" ] || { echo 'error: no corpus to measure on; hint: make bench CORPUS="folder more.jsonl"' >&2; exit 1; }
+	$(BIN)/python benchmarks/tokenize_throughput.py $(CORPUS) --tokenizer \
+		"$$($(BIN)/python -c 'from engram.builders.fetch import DEEPSEEK_V3_TOKENIZER as t; print(t.fetch())')"
 
 gguf: setup ## llama-cpp-python, compiled once from source; the wheel is kept in .cache/wheels
 	@command -v c++ >/dev/null || { echo "error: no C++ compiler; hint: apt-get install build-essential cmake" >&2; exit 1; }

@@ -195,7 +195,9 @@ def test_every_file_is_on_the_map() -> None:
     missing = [str(file.relative_to(ROOT)) for file in room_files() if f"`{file.name}`" not in map_text]
     assert not missing, f"add to docs/house.md: {missing}"
     there = {file.name for file in room_files()}
-    gone = [name for name in re.findall(r"`([a-z0-9][a-z0-9_]*\.py)`", map_text.split("## Laws")[0]) if name not in there]
+    gone = [
+        name for name in re.findall(r"`([a-z0-9][a-z0-9_]*\.py)`", map_text.split("## Laws")[0]) if name not in there
+    ]
     assert not gone, f"docs/house.md names files that are not there: {gone}"
 
 

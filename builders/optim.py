@@ -154,7 +154,7 @@ class Optimizer:
     def step(self, factor: float) -> tuple[dict[str, float], int]:
         """Clip, update all with learning rates times `factor`, clear gradients: (norm per group, rows touched).
 
-        Nothing is changed when a norm is not finite: the caller must look.
+        Nothing is changed when a norm or `factor` is not finite: the caller must look.
         """
         touched = {layer: found for layer, t in self.tables.items() if (found := t.take_touched()) is not None}
         norms = {
@@ -162,7 +162,7 @@ class Optimizer:
             for group, named in self.dense.items()
         }
         norms["tables"] = clip((gradient for _, gradient in touched.values()), self.table_section.clip)
-        if all(math.isfinite(norm) for norm in norms.values()):
+        if all(map(math.isfinite, (factor, *norms.values()))):
             if self.adamw is not None:
                 for group in self.adamw.param_groups:
                     group["lr"] = group["base_lr"] * factor

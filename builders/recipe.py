@@ -55,7 +55,7 @@ class LoraSection:
     """Adapters of peft, for `backbone.train: lora`."""
 
     r: int = number(16, 1)
-    alpha: float = number(32.0, above=0)
+    alpha: int = number(32, 1)
     dropout: float = number(0.0, 0, 0.9)
     targets: tuple[str, ...] = ()  # names of linear modules; none: all of the blocks
 

@@ -32,7 +32,7 @@ def draw(statistics: dict[str, Any]) -> bytes:
             )  # fmt: skip
     bars.set(xlabel="head", ylabel="% sharing a row", ylim=(0, 101), title="Collisions")
     bars.set_xticks(range(len(next(iter(collisions.values()))["heads"])))
-    bars.legend(fontsize="small")
+    bars.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     sink = io.BytesIO()
     figure.savefig(sink, format="png", metadata={"Software": None})
     return sink.getvalue()

@@ -65,7 +65,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], to_
 
     grid = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, show_header=any(columns), pad_edge=False)
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        numbers = all(row[index].lstrip("+-")[:1].isdigit() or row[index] in ("", "-") for row in rows)
+        grid.add_column(column, justify="right" if index and numbers else "left", overflow="fold")
     for row in rows:
         grid.add_row(*(cell.replace("[", r"\[") for cell in row))
     console = Console(stderr=to_stderr, highlight=False)

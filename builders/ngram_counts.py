@@ -218,14 +218,14 @@ class NgramCounts:
         places = []
         for number in range(runs):
             keys, _ = self._load(stream, "run", number, mapped=True)
-            places.append([0, *np.searchsorted(keys, cuts).tolist(), len(keys)])
+            places.append(np.concatenate([[0], np.searchsorted(keys, cuts), [len(keys)]]))
         derived = [order for order in self.layout.orders if self._stream(order) == stream]
         with progress.task(f"merge {stream}-grams", len(cuts) + 1, "parts") as task:
             for part in range(len(cuts) + 1):
                 if self._path(stream, "part", part).is_file():
                     merged = self._load(stream, "part", part)
                 else:
-                    merged = self._merge_part(stream, [(p[part], p[part + 1]) for p in places])
+                    merged = self._merge_part(stream, [(int(p[part]), int(p[part + 1])) for p in places])
                     self._save(stream, "part", part, *merged)
                 for order in derived:
                     self.orders[order].add(*self._coarsen(*merged, stream, order), self.top)

@@ -110,11 +110,13 @@ class TokenCache:
             wanted = data["shards"]
         except (OSError, ValueError, KeyError, TypeError) as wrong:
             raise TokenCacheError(f"{folder} is no finished token cache: {wrong}", hint="remove the folder") from None
-        if len(cache.shards()) != wanted or int(cache.lengths().sum()) != cache.tokens:
+        if len(cache._finished) != wanted or len(cache.shards()) != wanted:
             raise TokenCacheError(f"{folder} lost some of its {wanted} shards", hint="remove the folder")
-        for path, tokens in zip(cache.shards(), np.diff(cache._token_starts), strict=True):
-            if _open_array(path).shape != (tokens,):
-                raise TokenCacheError(f"{path} does not hold {tokens} tokens", hint="remove the folder")
+        for number, shard in enumerate(cache._finished):
+            for kind in ("tokens", "documents"):
+                path = _shard(folder, number, f"{kind}.npy")
+                if _open_array(path).shape != (shard[kind],):
+                    raise TokenCacheError(f"{path} does not hold {shard[kind]} {kind}", hint="remove the folder")
         return cache
 
     def discard(self) -> None:
@@ -128,8 +130,7 @@ class TokenCache:
 
     def shard_documents(self, shard: int) -> NDArray[np.int64]:
         """Tokens of every document of one shard, int64 [documents of the shard]."""
-        first, last = self._document_starts[shard], self._document_starts[shard + 1]
-        return self.lengths()[first:last]
+        return np.ascontiguousarray(_open_array(_shard(self.folder, shard, "documents.npy"))["tokens"])
 
     def document(self, i: int) -> NDArray[np.int32]:
         """Token ids of document `i`, int32 [n], mapped from disk."""
@@ -175,12 +176,13 @@ class TokenCache:
         return np.flatnonzero(~out), np.flatnonzero(out)
 
     @cached_property
-    def _tables(self) -> list[NDArray[Any]]:
-        return [_open_array(path.with_name(path.name.replace("tokens", "documents")), None) for path in self.shards()]
+    def _finished(self) -> list[dict[str, int]]:
+        return finished(self.folder)
 
     @cached_property
     def _table(self) -> NDArray[Any]:
-        return np.concatenate([np.empty(0, DOCUMENT), *self._tables])
+        names = [_shard(self.folder, number, "documents.npy") for number in range(len(self._finished))]
+        return np.concatenate([np.empty(0, DOCUMENT), *(_open_array(name) for name in names)])
 
     @cached_property
     def _maps(self) -> list[NDArray[np.int32]]:
@@ -192,11 +194,11 @@ class TokenCache:
 
     @cached_property
     def _document_starts(self) -> NDArray[np.int64]:
-        return np.cumsum([0, *map(len, self._tables)], dtype=np.int64)
+        return np.cumsum([0, *(shard["documents"] for shard in self._finished)], dtype=np.int64)
 
     @cached_property
     def _token_starts(self) -> NDArray[np.int64]:
-        return np.cumsum([0, *(int(table["tokens"].sum()) for table in self._tables)], dtype=np.int64)
+        return np.cumsum([0, *(shard["tokens"] for shard in self._finished)], dtype=np.int64)
 
 
 @dataclass
@@ -211,7 +213,7 @@ class _Builder:
 
     def run(self, key: dict[str, Any]) -> None:
         tally = Tally()
-        done = self.finished()
+        done = finished(self.folder)
         documents = corpora.documents(self.corpus, self.progress, tally)
         if done:
             skipped = sum(shard["documents"] for shard in done)
@@ -227,13 +229,6 @@ class _Builder:
         totals = {name: sum(shard[name] for shard in done) for name in ("tokens", "documents", "bytes")}
         end = {"format": FORMAT, "version": VERSION, "shards": len(done), **totals, **_named(tally), "key": key}
         _write(self.folder / "cache.json", (json.dumps(end, indent=1) + "\n").encode())
-
-    def finished(self) -> list[dict[str, int]]:
-        """The finished shards from 0 on; what lies behind a gap is written again."""
-        done: list[dict[str, int]] = []
-        while (path := _shard(self.folder, len(done), "json")).is_file():
-            done.append(json.loads(path.read_bytes()))
-        return done
 
     def corpus_bytes(self) -> float | None:
         names = corpora.files(self.corpus)
@@ -275,6 +270,17 @@ class _Builder:
         totals = {"tokens": len(tokens), "documents": len(table), "bytes": int(table["bytes"].sum())}
         _write(_shard(self.folder, number, "json"), json.dumps(totals).encode())
         return totals
+
+
+def finished(folder: Path) -> list[dict[str, int]]:
+    """Counts of the finished shards from 0 on; what lies behind a gap is written again."""
+    done: list[dict[str, int]] = []
+    while True:
+        try:
+            shard = json.loads(_shard(folder, len(done), "json").read_bytes())
+            done.append({name: int(shard[name]) for name in ("tokens", "documents", "bytes")})
+        except (OSError, ValueError, KeyError, TypeError):
+            return done
 
 
 @dataclass
@@ -352,9 +358,9 @@ def _named(tally: Tally) -> dict[str, int]:
     return {"left_out": tally.malformed, "undecodable": tally.undecodable}
 
 
-def _open_array(path: Path, mode: Any = "r") -> NDArray[Any]:
+def _open_array(path: Path) -> NDArray[Any]:
     try:
-        array: NDArray[Any] = np.load(path, mmap_mode=mode, allow_pickle=False)
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as wrong:
         raise TokenCacheError(f"{path} cannot be read: {wrong}", hint="remove its folder") from None
     return array

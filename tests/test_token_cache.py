@@ -225,6 +225,11 @@ def test_a_damaged_cache_is_refused(tmp_path: Path, tokenizer: Path) -> None:
     shard.unlink()
     with pytest.raises(TokenCacheError, match="lost some of its"):
         TokenCache.open(cache.folder)
+    shard.write_bytes(whole)
+    assert TokenCache.open(cache.folder) == cache
+    (cache.folder / "shard-00001.json").write_text("[]")
+    with pytest.raises(TokenCacheError, match="lost some of its"):
+        TokenCache.open(cache.folder)
     (cache.folder / "cache.json").write_text("{}")
     with pytest.raises(TokenCacheError, match="is no finished token cache"):
         TokenCache.open(cache.folder)

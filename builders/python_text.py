@@ -1,0 +1,115 @@
+"""Real text that is always there: the documentation and source of the Python that runs us, and licences as a contrast.
+
+Parts are decided by a hash of each document's text, so the same Python gives the same parts on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from engram import EngramError
+
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "__phello__"}
+_GENERATED = {"encodings", "pydoc_data"}  # hundreds of near-equal tables; the topics are taken one by one instead
+_LEAST_CHARACTERS = 400
+_MOST_CHARACTERS = 400_000
+_LICENCE_NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
+_TELLING_LINE = 30  # characters; shorter lines (`else:`, `import os`) tell nothing of copying
+_LARGEST_SHARE = 0.15  # of a document's telling lines that may stand in earlier documents
+
+
+class PythonTextError(EngramError):
+    """This Python has too little of its own text to build a demonstration from."""
+
+
+@dataclass(frozen=True)
+class PythonText:
+    """Files of one JSON document a line."""
+
+    files: dict[str, Path]  # by part: fill, train, held_out, unrelated
+    documents: dict[str, int]
+    characters: dict[str, int]
+    dropped: int  # near-copies left out
+
+
+def write_python_text(folder: Path) -> PythonText:
+    """Write the four parts as JSONL files: to fill from (7 of 10 documents), to train on (2), held out (1), unrelated.
+
+    Near-copies are left out before the parts are drawn, so that held-out text is not a copy of what was counted.
+    Raises PythonTextError where the standard library's sources are missing (some minimal images strip them).
+    """
+    kept, dropped = _without_copies(_own_documents())
+    parts: dict[str, list[tuple[str, str]]] = {"fill": [], "train": [], "held_out": []}
+    for title, text in kept:
+        draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") % 10
+        parts["held_out" if draw == 0 else "train" if draw <= 2 else "fill"].append((title, text))
+    parts["unrelated"] = _without_copies(_licences())[0]
+    for name, documents in parts.items():
+        if len(documents) < 5:
+            raise PythonTextError(
+                f"this Python has {len(documents)} documents for the part {name!r}, at least 5 are needed",
+                hint="use a Python with its standard library's sources (Debian: apt-get install libpython3-stdlib)",
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, documents in parts.items():
+        _write(folder / f"{name}.jsonl", documents)
+    return PythonText(
+        files={name: folder / f"{name}.jsonl" for name in parts},
+        documents={name: len(documents) for name, documents in parts.items()},
+        characters={name: sum(len(text) for _, text in documents) for name, documents in parts.items()},
+        dropped=dropped,
+    )
+
+
+def _own_documents() -> Iterator[tuple[str, str]]:
+    """Topics of the language reference, then every module's source, in a fixed sequence."""
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield f"topic {name}", topics[name]
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        generated = path.name.startswith(("_sysconfigdata", "test_"))
+        if not generated and not _SKIPPED & set(parts) and parts[0] not in _GENERATED and "config-" not in parts[0]:
+            yield path.relative_to(root).as_posix(), path.read_text("utf-8", errors="replace")
+
+
+def _licences() -> Iterator[tuple[str, str]]:
+    """Licence texts of the installed packages: English prose that says nothing of Python."""
+    root = Path(sysconfig.get_paths()["purelib"])
+    for path in sorted(root.glob("*.dist-info/**/*")):
+        if path.is_file() and path.name.upper().startswith(_LICENCE_NAMES):
+            yield path.relative_to(root).as_posix(), path.read_text("utf-8", errors="replace")
+
+
+def _without_copies(documents: Iterator[tuple[str, str]]) -> tuple[list[tuple[str, str]], int]:
+    """Documents of which few lines stand in an earlier one, and how many were left out."""
+    seen: set[str] = set()
+    kept, dropped = [], 0
+    for title, text in documents:
+        if not _LEAST_CHARACTERS <= len(text) <= _MOST_CHARACTERS:
+            continue
+        lines = {line for line in map(str.strip, text.splitlines()) if len(line) >= _TELLING_LINE}
+        if len(lines & seen) > _LARGEST_SHARE * len(lines):
+            dropped += 1
+            continue
+        seen |= lines
+        kept.append((title, text))
+    return kept, dropped
+
+
+def _write(path: Path, documents: list[tuple[str, str]]) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        for title, text in documents:
+            file.write(json.dumps({"title": title, "text": text}, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from engram.cli import options, progress, ui
+from engram.cli.sizes import show_bytes
 
 
 class RowCodec(StrEnum):
@@ -32,4 +33,15 @@ def quantize(
     from engram.quantize.tables import quantize as work
 
     config = QuantizeConfig(checkpoint, out, tables=tables.value, force=force)
-    ui.report(work(config, progress.on_screen()), json, title=f"Quantized into {out}")
+    result = work(config, progress.on_screen())
+    if not json:
+        _table(result["tables"])
+    ui.report(result, json, title=f"Quantized into {out}")
+
+
+def _table(tables: dict[str, Any]) -> None:
+    rows = [
+        [layer, row["codec"], show_bytes(row["bytes_before"]), show_bytes(row["bytes"]), f"{row['rel_error']:.3%}"]
+        for layer, row in tables.items()
+    ]
+    ui.table("", ["layer", "codec", "before", "after", "relative error"], rows)

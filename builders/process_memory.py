@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -25,6 +26,23 @@ def resident_bytes() -> dict[str, int]:
         fields["VmHWM"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     names = {"rss_bytes": "VmRSS", "rss_anon_bytes": "RssAnon", "rss_file_bytes": "RssFile", "peak_rss_bytes": "VmHWM"}
     return {name: fields.get(field, 0) for name, field in names.items()}
+
+
+def mapped_resident_bytes(paths: Iterable[Path]) -> int | None:
+    """Resident bytes of this process's mappings of some files; None where the system does not tell."""
+    wanted = {str(path.resolve()) for path in paths}
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return None
+    total, inside = 0, False
+    for line in lines:
+        name, _, rest = line.partition(" ")
+        if not name.endswith(":"):  # the first line of a mapping: addresses, permissions, offset, device, inode, path
+            inside = rest.split(maxsplit=4)[-1] in wanted
+        elif inside and name == "Rss:":
+            total += int(rest.split()[0]) * 1024
+    return total
 
 
 def _fields(path: str) -> dict[str, int]:

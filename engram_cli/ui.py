@@ -31,7 +31,7 @@ def say(text: str) -> None:
 
 def emit(result: Mapping[str, Any]) -> None:
     """Print `result` as the one JSON object of `--json`; NaN and infinity become null, paths become text."""
-    print(json.dumps(_plain(result), ensure_ascii=False, allow_nan=False))
+    print(json.dumps(plain(result), ensure_ascii=False, allow_nan=False))
 
 
 def report(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:
@@ -92,15 +92,16 @@ def show(key: str, value: Any) -> str:
     return str(value)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON can hold: numpy numbers and paths become plain, NaN and infinity null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist"):  # a numpy number or array, without importing numpy
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value

@@ -140,6 +140,7 @@ class Conversation:
             "prefill_tokens_per_second": len(fed) / max(first - begin, 1e-9),
             "decode_tokens_per_second": max(0, len(tokens) - 1) / max(end - first, 1e-9),
             "offload": self.config.offload, "table_bytes": self.model.reader.table_bytes,
+            "table_resident_bytes": self.model.reader.resident_bytes(),
             **{name: after[name] - before[name] for name in after}, **resident_bytes(),
         }  # fmt: skip
 

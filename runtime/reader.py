@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram import EngramError, Progress
-from engram.builders.process_memory import available_bytes
+from engram.builders.process_memory import available_bytes, mapped_resident_bytes
 from engram.kernels.codecs import Bytes, Floats
 from engram.quantize.mapped import Budget, MappedTable
 
@@ -190,6 +190,12 @@ class RowReader:
         """Rows asked for, distinct rows read, their bytes as stored in this placement, pages of files they lie on."""
         with self._lock:
             return dict(self._counts)
+
+    def resident_bytes(self) -> int | None:
+        """Bytes of the tables that are in this process's memory now; None where the system does not tell."""
+        if self.placement == "disk":
+            return mapped_resident_bytes(table.path for table in self.tables.values())
+        return sum(rows.nbytes for rows in (*self._float.values(), *self._encoded.values()))
 
     def close(self) -> None:
         """End the background thread, unmap the tables and let go of rows in memory."""

@@ -11,7 +11,7 @@ import torch
 
 from engram.builders.checkpoint import open_checkpoint
 from engram.builders.engram import Table
-from engram.quantize.package import ExportConfig, export_package
+from engram.quantize.package import ExportConfig, export_package, open_package
 from engram.quantize.tables import QuantizeConfig, quantize
 from engram.runtime import engine
 from engram.runtime.engine import EngineError, Model, probabilities
@@ -101,6 +101,10 @@ def test_placements_give_identical_tokens(kind: str, request: pytest.FixtureRequ
     assert results["none"]["token_ids"] == results["ram"]["token_ids"] == results["disk"]["token_ids"]
     assert results["disk"]["rows_read"] > 0 and results["disk"]["bytes_read"] > 0
     assert results["disk"]["table_bytes"] > 0
+    with open_package(folder) as opened:
+        rows = sum(table.rows for table in opened.layers.values())
+    assert results["none"]["table_resident_bytes"] == rows * 8 * 4
+    assert results["disk"]["table_resident_bytes"] > 0  # of every mapping, the other fixtures' too
 
 
 def test_run_streams_what_it_returns(package: Path) -> None:

@@ -31,3 +31,15 @@ def deepseek_v3_tokenizer() -> Path:
 def deepseek_v4_tokenizer() -> Path:
     """DeepSeek-V4's tokenizer.json: 129,280 tokens."""
     return DEEPSEEK_V4_TOKENIZER.fetch()
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2_gguf: Path) -> Path:
+    """The same model as a folder in transformers' format, float32, with the exact tokenizer beside it."""
+    from engram.builders.backbone import dense_copy
+    from engram.builders.fetch import cache_folder
+    from engram.builders.tokenizer import save_tokenizer
+
+    folder = dense_copy(smollm2_gguf, cache_folder(), "float32")
+    save_tokenizer(smollm2_gguf, folder)
+    return folder

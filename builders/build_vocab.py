@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from engram import EngramError, Progress
 from engram.builders import collisions, statistics, statistics_plot
+from engram.builders.atomic import sync_path, write_whole
 from engram.builders.corpus import CorpusConfig
 from engram.builders.layout import Layout
 from engram.builders.ngram_counts import NgramCounts
@@ -96,8 +97,8 @@ def build_vocab(config: BuildVocabConfig, progress: Progress = Progress()) -> di
 
     from safetensors.numpy import save
 
-    _write(half / "top_ngrams.safetensors", save(statistics.top_ngrams(counts, layout)))
-    _write(half / "stats.png", statistics_plot.draw(figures))
+    write_whole(half / "top_ngrams.safetensors", save(statistics.top_ngrams(counts, layout)))
+    write_whole(half / "stats.png", statistics_plot.draw(figures))
     layout.save(half)
     result = {
         "tokens": cache.tokens, "documents": cache.documents, "bytes": cache.bytes,
@@ -111,7 +112,7 @@ def build_vocab(config: BuildVocabConfig, progress: Progress = Progress()) -> di
         "layers": list(layout.layers), "pad_id": layout.pad_id, "tokenizer_sha256": sha256, **figures,
         "seconds": time.perf_counter() - began, "peak_rss_bytes": resident_bytes()["peak_rss_bytes"],
     }  # fmt: skip
-    _write(half / "stats.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_whole(half / "stats.json", (json.dumps(result, indent=1) + "\n").encode())
     shutil.rmtree(half / "work")
     _move(half, config.out, force=config.force)
     cache.discard()
@@ -216,7 +217,7 @@ def _show(result: dict[str, Any], progress: Progress) -> None:
 
 def _move(half: Path, out: Path, *, force: bool) -> None:
     """Put the finished folder in its place; an older one goes only when the new one stands."""
-    _sync(half)
+    sync_path(half)
     old = out.with_name(out.name + ".replaced")
     if out.exists():
         if not force:
@@ -224,22 +225,5 @@ def _move(half: Path, out: Path, *, force: bool) -> None:
         shutil.rmtree(old, ignore_errors=True)
         out.replace(old)
     half.replace(out)
-    _sync(out.parent)
+    sync_path(out.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -17,8 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram import EngramError
+from engram.builders.atomic import atomic_folder
 from engram.builders.backbone import BackboneRef
 from engram.builders.layout import Layout
 
@@ -70,49 +70,6 @@ def table_file(layer: int) -> str:
     return f"tables/layer-{layer:02d}.safetensors"
 
 
-@contextmanager
-def atomic_folder(out: Path, *, force: bool = False, error: type[EngramError] = CheckpointError) -> Iterator[Path]:
-    """A folder to write into that becomes `out` when the block ends, or is removed when the block fails.
-
-    Files are flushed to the disk before the rename; with `force` an existing `out` is replaced in the last step.
-    """
-    if out.exists() and not force:
-        raise error(f"{out} exists", hint="choose another --out, or pass --force to replace it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    sync_folder(partial)
-    if out.exists():
-        old = out.with_name(out.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-        partial.rename(out)
-        shutil.rmtree(old)
-    else:
-        partial.rename(out)
-    _sync(out.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync every file and folder below."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def save_checkpoint(
     out: Path,
     *,
@@ -132,7 +89,7 @@ def save_checkpoint(
     `tables` may be memory maps: they are written row block by row block. `extra` goes into the manifest, `state` into
     files of the folder `state/`. `backbone_folder` is copied to `backbone/`, for `backbone.kind` "embedded".
     """
-    with atomic_folder(out, force=force) as folder:
+    with atomic_folder(out, force=force, error=CheckpointError) as folder:
         (folder / "tables").mkdir()
         for layer in layout.layers:
             write_table(folder / table_file(layer), tables[layer])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from engram import EngramError
 from engram.builders import hash_constants
+from engram.builders.atomic import write_whole
 from engram.kernels import reference
 
 Ints = NDArray[np.int64]
@@ -270,14 +270,14 @@ class Layout:
     def save(self, folder: Path) -> None:
         """Write layout.json and, where ids are compressed, token_map.safetensors."""
         self.save_map(folder)
-        _write(folder / "layout.json", (json.dumps(self.to_json(), indent=1) + "\n").encode())
+        write_whole(folder / "layout.json", (json.dumps(self.to_json(), indent=1) + "\n").encode())
 
     def save_map(self, folder: Path) -> None:
         """Write token_map.safetensors (tensor `token_map`, I64 [vocab_size]) where ids are compressed."""
         if self.token_map is not None:
             from safetensors.numpy import save
 
-            _write(folder / "token_map.safetensors", save({"token_map": self.token_map}))
+            write_whole(folder / "token_map.safetensors", save({"token_map": self.token_map}))
 
     @classmethod
     def load(cls, folder: Path) -> Layout:
@@ -318,12 +318,3 @@ def read_token_map(path: Path) -> Ints:
     if token_map.dtype != np.int64 or token_map.ndim != 1 or not token_map.size or int(token_map.min()) < 0:
         raise LayoutError(f"{path}: 'token_map' must be one axis of non-negative I64, found {token_map.dtype}")
     return token_map
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from engram import EngramError
+from engram.builders.atomic import write_whole
 
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "__phello__"}
 _GENERATED = {"encodings", "pydoc_data"}  # hundreds of near-equal tables; the topics are taken one by one instead
@@ -58,7 +58,8 @@ def write_python_text(folder: Path) -> PythonText:
             )
     folder.mkdir(parents=True, exist_ok=True)
     for name, documents in parts.items():
-        _write(folder / f"{name}.jsonl", documents)
+        lines = (json.dumps({"title": title, "text": text}, ensure_ascii=False) + "\n" for title, text in documents)
+        write_whole(folder / f"{name}.jsonl", "".join(lines).encode())
     return PythonText(
         files={name: folder / f"{name}.jsonl" for name in parts},
         documents={name: len(documents) for name, documents in parts.items()},
@@ -103,13 +104,3 @@ def _without_copies(documents: Iterator[tuple[str, str]]) -> tuple[list[tuple[st
         seen |= lines
         kept.append((title, text))
     return kept, dropped
-
-
-def _write(path: Path, documents: list[tuple[str, str]]) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        for title, text in documents:
-            file.write(json.dumps({"title": title, "text": text}, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from engram import EngramError, Progress, Task
 from engram.builders import corpus as corpora
+from engram.builders.atomic import write_whole
 from engram.builders.corpus import CorpusConfig, Document, Tally
 from engram.builders.fetch import cache_folder
 from engram.builders.tokenizer import parse_tokenizer, tokenizer_bytes
@@ -228,7 +229,7 @@ class _Builder:
         documents.close()
         totals = {name: sum(shard[name] for shard in done) for name in ("tokens", "documents", "bytes")}
         end = {"format": FORMAT, "version": VERSION, "shards": len(done), **totals, **_named(tally), "key": key}
-        _write(self.folder / "cache.json", (json.dumps(end, indent=1) + "\n").encode())
+        write_whole(self.folder / "cache.json", (json.dumps(end, indent=1) + "\n").encode())
 
     def corpus_bytes(self) -> float | None:
         names = corpora.files(self.corpus)
@@ -266,9 +267,9 @@ class _Builder:
         for array, kind in ((tokens, "tokens.npy"), (table, "documents.npy")):
             sink = io.BytesIO()
             np.save(sink, array, allow_pickle=False)
-            _write(_shard(self.folder, number, kind), sink.getbuffer())
+            write_whole(_shard(self.folder, number, kind), sink.getbuffer())
         totals = {"tokens": len(tokens), "documents": len(table), "bytes": int(table["bytes"].sum())}
-        _write(_shard(self.folder, number, "json"), json.dumps(totals).encode())
+        write_whole(_shard(self.folder, number, "json"), json.dumps(totals).encode())
         return totals
 
 
@@ -364,12 +365,3 @@ def _open_array(path: Path) -> NDArray[Any]:
     except (OSError, ValueError, EOFError) as wrong:
         raise TokenCacheError(f"{path} cannot be read: {wrong}", hint="remove its folder") from None
     return array
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tokenizers import Tokenizer
 
 from engram import EngramError
 from engram.builders import gguf_tokenizer
+from engram.builders.atomic import write_whole
 
 FILE = "tokenizer.json"
 INFO = "tokenizer_info.json"  # ours: what special_tokens returns, kept beside the tokenizer
@@ -44,12 +44,7 @@ def save_tokenizer(source: str | Path, folder: Path) -> str:
     content = tokenizer_bytes(source)
     info = json.dumps(special_tokens(source), indent=1, ensure_ascii=False) + "\n"
     for name, data in ((FILE, content), (INFO, info.encode())):
-        temporary = folder / (name + ".partial")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / name)
+        write_whole(folder / name, data)
     return hashlib.sha256(content).hexdigest()
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engram.builders.atomic import write_whole
 from engram.builders.data import NOT_A_TARGET
 from engram.builders.engram import Gate
 from engram.builders.model import EngramModel
-from engram.builders.train_state import write_atomic
 
 
 class Log:
@@ -24,7 +24,7 @@ class Log:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         kept = [record for record in read_log(path) if record["step"] <= step]
-        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._file = path.open("a", encoding="utf-8")
         self.records = kept
 

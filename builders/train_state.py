@@ -31,8 +31,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
 from engram import EngramError, Progress
+from engram.builders.atomic import atomic_folder, write_whole
 from engram.builders.backbone import BackboneRef, file_sha256, save_backbone
-from engram.builders.checkpoint import Checkpoint, atomic_folder, open_checkpoint, save_checkpoint
+from engram.builders.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from engram.builders.data import Cursor
 from engram.builders.model import gate_weights
 from engram.builders.optim import Optimizer
@@ -70,7 +71,7 @@ def start_folder(out: Path, recipe: Recipe, trainee: Trainee, *, fresh: bool) ->
         with atomic_folder(out / "layout", force=True) as folder:
             trainee.layout.save(folder)
             save_tokenizer(trainee.tokenizer, folder)
-    write_atomic(out / "recipe.yaml", recipe.to_yaml().encode())
+    write_whole(out / "recipe.yaml", recipe.to_yaml().encode())
 
 
 def save(out: Path, trainee: Trainee, optimizer: Optimizer, standing: Standing, recipe: Recipe) -> Path:
@@ -219,13 +220,3 @@ def restore(checkpoint: Checkpoint, trainee: Trainee, optimizer: Optimizer) -> N
         raise ResumeError(f"{folder / ADAPTERS} holds adapters of other shapes than the recipe's")
     for name, parameter in live.items():
         parameter.copy_(adapters[name])
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write beside, flush to the disk, rename."""
-    half = path.with_name(path.name + ".partial")
-    with half.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    half.replace(path)

@@ -79,12 +79,12 @@ class _Demo:
             found: dict[str, Any] = jsonlib.loads(kept.read_text())
             return found
         ui.say(f"[{number}/8] {title}")
+        from engram.builders.atomic import write_whole
+
         began = time.perf_counter()
         result = ui.plain(work() | {"step_seconds": time.perf_counter() - began})
         self.figures.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(".partial")
-        partial.write_text(jsonlib.dumps(result))
-        partial.replace(kept)
+        write_whole(kept, jsonlib.dumps(result).encode())
         ui.say(f"      {show_seconds(result['step_seconds'])}")
         return dict(result)
 

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 from engram.cli import options, progress, ui
+from engram.cli.sizes import parse_count
 
 
 def fill(
-    source: Annotated[str, typer.Argument(metavar="CHECKPOINT|RECIPE", help="A checkpoint folder, or a recipe.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="LAYOUT|CHECKPOINT|RECIPE", help="What to fill: a layout folder, a checkpoint, or a recipe."
+        ),
+    ],
     corpus: Annotated[
         list[str], typer.Option("--corpus", help="Files, folders or globs to count; repeatable.", metavar="CORPUS")
     ],
     out: options.Out,
+    backbone: Annotated[
+        Optional[str],
+        typer.Option(metavar="SOURCE", help="With a layout: the transformer (a folder, a .gguf, or a hub name)."),
+    ] = None,
+    max_tokens: Annotated[Optional[str], typer.Option(metavar="N", help="Count no more tokens than this.")] = None,
+    dev_tokens: Annotated[
+        str, typer.Option(metavar="N", help="Tokens of the split that scales are fitted on.")
+    ] = "16k",
+    test_tokens: Annotated[str, typer.Option(metavar="N", help="Tokens of the split that is reported.")] = "16k",
     field: options.Field = "text",
     column: options.Column = "text",
     suffix: options.Suffixes = [],
@@ -32,6 +47,10 @@ def fill(
         source,
         corpus=CorpusConfig(tuple(corpus), field=field, column=column, strict=strict, suffixes=tuple(suffix)),
         out=out,
+        backbone=backbone,
+        max_tokens=None if max_tokens is None else parse_count(max_tokens),
+        dev_tokens=parse_count(dev_tokens),
+        test_tokens=parse_count(test_tokens),
         seed=seed,
         force=force,
     )

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from engram import EngramError, Progress, __version__
 from engram.builders import checkpoint as checkpoints
+from engram.builders.atomic import atomic_folder
 from engram.builders.backbone import BackboneRef, file_sha256
-from engram.builders.checkpoint import DENSE, MANIFEST, TOKENIZER_FILES, atomic_folder, table_file
+from engram.builders.checkpoint import DENSE, MANIFEST, TOKENIZER_FILES, table_file
 from engram.builders.layout import Layout
 from engram.kernels.codecs import find_codec
 from engram.quantize import tables as quantized

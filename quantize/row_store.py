@@ -19,6 +19,7 @@ from typing import Any, Self
 import numpy as np
 
 from engram import EngramError, Progress
+from engram.builders.atomic import sync_path
 from engram.kernels.codecs import Bytes, Codec, CodecError, Floats, find_codec
 
 FORMAT = "engram-rows"
@@ -271,7 +272,7 @@ class RowWriter:
             self._sha256.update(block)
         os.fsync(self._file.fileno())
         self._partial.rename(self.path)
-        sync_folder(self.path.parent)
+        sync_path(self.path.parent)
         self.table_file = TableFile(
             geometry.codec.name, geometry.codec.version, geometry.rows, geometry.width, geometry.file_bytes,
             self._sha256.hexdigest(), seal.hexdigest(),
@@ -301,12 +302,3 @@ def write_table(
                 task.advance(len(block))
     assert writer.table_file is not None
     return writer.table_file
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from engram import EngramError, Progress
-from engram.builders.checkpoint import MANIFEST, Checkpoint, atomic_folder, open_checkpoint, table_file
+from engram.builders.atomic import atomic_folder
+from engram.builders.checkpoint import MANIFEST, Checkpoint, open_checkpoint, table_file
 from engram.kernels.codecs import Codec, Floats, find_codec
 from engram.quantize.folder import check_target
 from engram.quantize.row_store import Geometry, RowWriter, TableFile

@@ -195,7 +195,7 @@ class RowReader:
         """Bytes of the tables that are in this process's memory now; None where the system does not tell."""
         if self.placement == "disk":
             return mapped_resident_bytes(table.path for table in self.tables.values())
-        return sum(rows.nbytes for rows in (*self._float.values(), *self._encoded.values()))
+        return sum(a.nbytes for a in self._float.values()) + sum(a.nbytes for a in self._encoded.values())
 
     def close(self) -> None:
         """End the background thread, unmap the tables and let go of rows in memory."""

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from engram.builders.atomic import atomic_folder
 from engram.builders.backbone import BackboneError, BackboneRef
-from engram.builders.checkpoint import CheckpointError, atomic_folder, open_checkpoint, save_checkpoint
+from engram.builders.checkpoint import CheckpointError, open_checkpoint, save_checkpoint
 from engram.builders.layout import Layout
 
 
@@ -125,7 +126,7 @@ def test_a_kill_in_the_middle_leaves_no_half_checkpoint(tmp_path: Path) -> None:
         """
         import sys, time
         from pathlib import Path
-        from engram.builders.checkpoint import atomic_folder
+        from engram.builders.atomic import atomic_folder
         with atomic_folder(Path(sys.argv[1])) as folder:
             (folder / "half").write_bytes(b"x")
             print("writing", flush=True)

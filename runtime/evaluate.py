@@ -1,0 +1,238 @@
+"""Quality of a memory on held-out text, always beside its controls: backbone alone, zero table, shuffled rows.
+
+Shape letters: B windows (one), T positions, C columns, E memory width, R bootstrap samples, N documents, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engram import EngramError, Progress
+from engram.builders.corpus import CorpusConfig
+from engram.builders.layout import Layout
+from engram.builders.token_cache import TokenCache
+from engram.runtime.engine import Model
+
+Ints = NDArray[np.int64]
+
+ARMS = ("backbone", "memory", "zero_table", "shuffled_rows")
+_SAME_LOGITS = 1e-3  # of the largest logit: bfloat16 heads round so
+_SPREAD = 8  # documents that a small max_tokens is spread over where there are so many
+_LEAST_DOCUMENTS = 2  # an interval over documents needs more than one
+
+
+class EvaluateError(EngramError):
+    """Text that nothing can be measured on."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What to measure and on what.
+
+    `max_tokens` are spread over as many documents as possible: each is read up to a common length, at least a window
+    and at most `document_tokens`, in the order of their hashes. A document is cut into windows of `sequence` tokens,
+    and every window is a text of its own.
+    """
+
+    package: Path
+    data: CorpusConfig
+    max_tokens: int | None = None
+    document_tokens: int = 2048
+    sequence: int = 512
+    offload: str = "disk"
+    seed: int = 0
+    bootstrap: int = 2000
+    dtype: str | None = None
+    verify: str = "first-touch"
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that leave nothing to predict."""
+        for name, least in (("document_tokens", 2), ("sequence", 2), ("bootstrap", 100)):
+            if getattr(self, name) < least:
+                raise EvaluateError(f"{name} {getattr(self, name)} must be at least {least}")
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise EvaluateError(f"max_tokens {self.max_tokens} must be at least 2")
+
+
+@dataclass
+class Scores:
+    """Sums over one document: predicted tokens, their UTF-8 bytes, and nats by arm."""
+
+    tokens: int = 0
+    bytes: int = 0
+    nats: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ARMS, 0.0))
+
+
+def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Losses of all arms, and the gains over the backbone with a 95 % bootstrap interval over documents.
+
+    Raises EvaluateError for too little text, and what package, corpus and reader raise.
+    """
+    seen = progress or Progress()
+    with seen.task(f"open {config.package.name}"):
+        model = Model.open(config.package, offload=config.offload, dtype=config.dtype, verify=config.verify)
+    try:
+        cache = TokenCache.build(config.data, config.package / "tokenizer.json", seen)
+        try:
+            chosen = choose(cache, config)
+            scored = _score_all(model, cache, chosen, config, seen)
+            digest = hashlib.sha256(np.sort(cache.hashes()[[i for i, _ in chosen]]).tobytes()).hexdigest()
+        finally:
+            cache.discard()
+    finally:
+        model.close()
+    return summary(scored, config) | {"documents_sha256": digest}
+
+
+def choose(cache: TokenCache, config: EvalConfig) -> list[tuple[int, int]]:
+    """(document, tokens of it to read), in the order of the documents' hashes."""
+    lengths, chosen = cache.lengths(), []
+    left = int(lengths.sum()) if config.max_tokens is None else config.max_tokens
+    window = min(config.sequence, max(2, left // _SPREAD))
+    longest = min(config.document_tokens, max(window, common_length(lengths, left)))
+    for i in np.argsort(cache.hashes(), kind="stable"):
+        tokens = min(int(lengths[i]), longest, left)
+        if tokens >= 2:
+            chosen.append((int(i), tokens))
+            left -= tokens
+    if len(chosen) < _LEAST_DOCUMENTS:
+        raise EvaluateError(
+            f"the data has {len(chosen)} documents of at least 2 tokens, {_LEAST_DOCUMENTS} are needed for an interval",
+            hint="give more documents, or raise --max-tokens",
+        )
+    return chosen
+
+
+def common_length(lengths_N: NDArray[Any], total: int) -> int:
+    """The largest L for which sum(min(length, L)) is at most `total`."""
+    low, high = 0, int(lengths_N.max(initial=0))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if int(np.minimum(lengths_N, middle).sum()) <= total else (low, middle - 1)
+    return low
+
+
+def shuffled(rows: Mapping[int, Ints], layout: Layout, seed: int) -> dict[int, Ints]:
+    """The same lookups with the rows of every head permuted: r → (a r + b) mod p, a bijection because p is prime."""
+    generator = np.random.default_rng(seed)
+    out = {}
+    for layer in layout.layers:
+        primes = np.array([p for heads in layout.primes[layer] for p in heads], dtype=np.int64)
+        factor_C = np.array([generator.integers(max(1, p // 3), max(2, p)) for p in primes], dtype=np.int64)
+        shift_C = np.array([generator.integers(0, p) for p in primes], dtype=np.int64)
+        local_BTC = rows[layer] - layout.offsets(layer)
+        out[layer] = (local_BTC * factor_C + shift_C) % primes + layout.offsets(layer)
+    return out
+
+
+def arms(model: Model, ids_BT: Ints, seed: int) -> Iterator[tuple[str, Callable[[], Mapping[int, Tensor]] | None]]:
+    """By arm, what gives the memory of every layer [B, T, E]; None for the backbone alone."""
+    rows = model.layout.rows(ids_BT)
+    width = model.layout.memory_width
+    yield "backbone", None
+    yield "memory", lambda: model.memory(rows)
+    yield "zero_table", lambda: {n: torch.zeros(*ids_BT.shape, width) for n in model.layout.layers}
+    yield "shuffled_rows", lambda: model.memory(shuffled(rows, model.layout, seed))
+
+
+class Scorer:
+    """Nats of a window under every arm. A memory on the final state alone needs the backbone only once."""
+
+    def __init__(self, model: Model, seed: int) -> None:
+        self.model, self.seed = model, seed
+        self.once = set(model.layout.layers) == {len(model.engram.blocks)}
+        self._checked = False
+
+    def __call__(self, ids_BT: Ints) -> dict[str, float]:
+        with torch.inference_mode():
+            return self._once(ids_BT) if self.once else self._each(ids_BT)
+
+    def _each(self, ids_BT: Ints) -> dict[str, float]:
+        ids = torch.from_numpy(ids_BT)
+        found = {}
+        for name, memory in arms(self.model, ids_BT, self.seed):
+            logits = self.model.engram.backbone(ids).logits if memory is None else self.model.engram(ids, memory())
+            found[name] = _nats(logits, ids)
+        return found
+
+    def _once(self, ids_BT: Ints) -> dict[str, float]:
+        engram = self.model.engram
+        layer = len(engram.blocks)
+        ids = torch.from_numpy(ids_BT)
+        state_BTD = engram.backbone.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        head = engram.backbone.get_output_embeddings()
+        if not self._checked:
+            self._checked = True
+            whole, short = engram.backbone(ids).logits, head(state_BTD)
+            if float((whole - short).abs().max()) > _SAME_LOGITS * float(whole.abs().max()):
+                self.once = False  # the head does more than one product (soft caps, scales): take the long way
+                return self._each(ids_BT)
+        found = {}
+        for name, memory in arms(self.model, ids_BT, self.seed):
+            added = 0 if memory is None else engram.gate(layer)(state_BTD, memory()[layer])[0]
+            found[name] = _nats(head(state_BTD + added), ids)
+        return found
+
+
+def _nats(logits_BTV: Tensor, ids_BT: Tensor) -> float:
+    """Sum of -log p of every token but the first of each window."""
+    flat = logits_BTV[:, :-1].flatten(0, 1).float()
+    return float(torch.nn.functional.cross_entropy(flat, ids_BT[:, 1:].flatten(), reduction="sum"))
+
+
+def _score_all(
+    model: Model, cache: TokenCache, chosen: list[tuple[int, int]], config: EvalConfig, progress: Progress
+) -> list[Scores]:
+    score = Scorer(model, config.seed)
+    length = min(config.sequence, model.context)
+    out = []
+    with progress.task("evaluate", sum(tokens for _, tokens in chosen), "tokens") as task:
+        for document, tokens in chosen:
+            ids = cache.document(document)[:tokens].astype(np.int64)
+            scores = Scores()
+            for begin in range(0, tokens, length):
+                window = ids[begin : begin + length]
+                if len(window) >= 2:
+                    for name, nats in score(window[None]).items():
+                        scores.nats[name] += nats
+                    scores.tokens += len(window) - 1
+                    scores.bytes += len(model.tokenizer.decode(window[1:].tolist(), skip_special_tokens=False).encode())
+                task.advance(len(window))
+            out.append(scores)
+    return out
+
+
+def summary(scored: list[Scores], config: EvalConfig) -> dict[str, Any]:
+    """Means over all tokens, and gains with intervals, from the sums of each document."""
+    tokens_N = np.array([s.tokens for s in scored], dtype=np.float64)
+    size = sum(s.bytes for s in scored)
+    nats = {name: np.array([s.nats[name] for s in scored]) for name in ARMS}
+    result: dict[str, Any] = {"tokens": int(tokens_N.sum()), "documents": len(scored), "bytes": size}
+    for name in ARMS:
+        mean = float(nats[name].sum() / tokens_N.sum())
+        bits = float(nats[name].sum() / math.log(2) / max(1, size))
+        result[name] = {"nll": mean, "ppl": math.exp(min(mean, 700.0)), "bpb": bits}
+    for name, key in (("memory", "gain"), ("zero_table", "gain_zero_table"), ("shuffled_rows", "gain_shuffled_rows")):
+        gained_N = nats["backbone"] - nats[name]
+        low, high = interval(gained_N, tokens_N, config.bootstrap, config.seed)
+        result[key] = {"nll": float(gained_N.sum() / tokens_N.sum()), "ci95": [low, high]}
+    return result
+
+
+def interval(gained_N: NDArray[Any], tokens_N: NDArray[Any], samples: int, seed: int) -> tuple[float, float]:
+    """95 % percentile interval of sum(gained) / sum(tokens) when documents are drawn with replacement."""
+    generator = np.random.default_rng(seed)
+    drawn_RN = generator.integers(0, len(gained_N), size=(samples, len(gained_N)))
+    means_R = gained_N[drawn_RN].sum(1) / tokens_N[drawn_RN].sum(1)
+    low, high = np.percentile(means_R, [2.5, 97.5])
+    return float(low), float(high)

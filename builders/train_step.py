@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engram.builders.data import NOT_A_TARGET, Batch
+from engram.builders.data import Batch
+from engram.builders.loss import sum_nll
 from engram.builders.optim import Optimizer
 from engram.builders.train_log import GateMeter
 from engram.builders.train_setup import Trainee
@@ -55,8 +55,8 @@ class Stepper:
         self.router = RouterLoss(trainee.model.backbone)
         self.rows_total = sum(table.weight.shape[0] for table in trainee.tables.values())
 
-    def nll(self, batch: Batch) -> Tensor:
-        """Sum of -log p over the batch's targets, in nats, float32."""
+    def nll(self, batch: Batch, scale: float = 1.0) -> Tensor:
+        """`scale` times the sum of -log p over the batch's targets, in nats, float32."""
         trainee = self.trainee
         targets_BT = torch.from_numpy(batch.targets_BT).to(trainee.device)
         memory = {
@@ -66,9 +66,7 @@ class Stepper:
         with trainee.precision():
             logits_BTV = trainee.model(torch.from_numpy(batch.ids_BT).to(trainee.device), memory)
         self.meter.select(targets_BT)
-        return F.cross_entropy(
-            logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=NOT_A_TARGET, reduction="sum"
-        )
+        return sum_nll(logits_BTV, targets_BT, scale)
 
     def step(self, batches: Sequence[Batch], number: int, factor: float) -> dict[str, Any]:
         """Forward, backward and update on the mean loss of all the batches' tokens; what there is to log.
@@ -82,7 +80,7 @@ class Stepper:
         tokens = sum(batch.tokens for batch in batches)
         loss, balance = 0.0, 0.0
         for batch in batches:
-            mean = self.nll(batch) / tokens
+            mean = self.nll(batch, 1 / tokens)
             loss += float(mean.detach())
             router = self.router.take()
             if router is not None:

@@ -354,9 +354,9 @@ def test_nonsense_ends_the_run_and_keeps_the_checkpoint(
     name, overrides = job("attach", "run", "run.max_steps=9", "run.save_every=2")
     nll = Stepper.nll
 
-    def breaks(self: Stepper, batch: Any) -> Tensor:
+    def breaks(self: Stepper, batch: Any, scale: float = 1.0) -> Tensor:
         broken = self.trainee.training_steps = getattr(self.trainee, "training_steps", 0) + 1  # type: ignore[attr-defined]
-        return nll(self, batch) * (float("nan") if broken == 8 else 1.0)
+        return nll(self, batch, scale) * (float("nan") if broken == 8 else 1.0)
 
     monkeypatch.setattr(Stepper, "nll", breaks)
     with pytest.raises(TrainError, match=r"loss is nan at step \d; the last good checkpoint is .*step-00000") as caught:

@@ -35,6 +35,9 @@ def open_backbone(
     recipe: Recipe, tokenizer: str, start: Checkpoint | None, resumed: Checkpoint | None, bf16: bool
 ) -> tuple[Any, BackboneRef | None, Any]:
     """Model, where it came from (None where it exists only with us), peft's wrapper of an adapted one."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     section = recipe.backbone
     if resumed and trains_backbone(recipe) and section.train != "lora":
         return load_backbone(resumed.backbone, resumed.folder, "float32"), None, None

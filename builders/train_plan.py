@@ -69,7 +69,6 @@ def plan(recipe: Recipe, progress: Progress = Progress()) -> dict[str, Any]:
     else:
         progress.say(f"no probe: tables and their optimizer need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     speed = probe["tokens_per_second"] if probe else None
-    _show(progress, parameters, memory, total, speed)
     return {
         "dry_run": True, "out": recipe.out, "parameters": parameters, "memory_bytes": memory, "probe": probe,
         "tokens": total, "steps": -(-total // positions), "tokens_per_second": speed,
@@ -110,12 +109,3 @@ def _free_bytes() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-
-
-def _show(progress: Progress, parameters: dict[str, int], memory: dict[str, int], total: int, speed: Any) -> None:
-    rows = [[f"parameters: {name.replace('_', ' ')}", f"{count:,}"] for name, count in parameters.items()]
-    rows += [[f"memory: {name}", f"{size / 1e6:,.1f} MB"] for name, size in memory.items()]
-    rows += [["tokens to train on", f"{total:,}"]]
-    if speed:
-        rows += [["tokens per second", f"{speed:,.0f}"], ["time", f"{total / speed / 60:,.1f} min"]]
-    progress.table("Would train", ["", ""], rows)

@@ -435,7 +435,7 @@ def test_what_cannot_be_begun_or_resumed_is_refused(job: Any, tmp_path: Path) ->
     with pytest.raises(ResumeError, match="run exists") as caught:
         train(name, overrides)
     assert "--resume auto" in caught.value.hint
-    with pytest.raises(ResumeError, match=r"optimizer\.lr is 0\.5, the run was begun with 0\.0004"):
+    with pytest.raises(ResumeError, match=r"optimizer\.lr is 0\.5, the run was begun with 0\.005"):
         train(name, [*overrides, "optimizer.lr=0.5"], resume="auto")
     with pytest.raises(ResumeError, match="holds no state"):
         train(name, overrides, resume=str(tmp_path / "run" / "final"))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,13 +113,30 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
     options: dict[str, Any] = {"dtype": wanted, "trust_remote_code": False}
     options |= {"gguf_file": gguf} if gguf else {"use_safetensors": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
+        with _quiet() if gguf else nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError) as wrong:
         raise BackboneError(
             f"backbone {source} cannot be loaded: {str(wrong).splitlines()[0]}",
             hint="transformers must know the architecture; weights must be safetensors or GGUF",
         ) from wrong
     return model.eval().to(wanted)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bar and no advice of transformers' GGUF reader on the screen; errors are still raised."""
+    import logging as levels
+
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(levels.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def dense_copy(gguf: Path, cache: Path, dtype: str) -> Path:
@@ -129,6 +149,7 @@ def dense_copy(gguf: Path, cache: Path, dtype: str) -> Path:
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=_made(folder.parent)))
         try:
             save_backbone(load_backbone(BackboneRef("gguf", str(gguf), dtype)), partial)
+            partial.chmod(0o755)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ class FillConfig:
     """What to fill and from what.
 
     source: a layout folder (then `backbone` names the transformer), a checkpoint, or a recipe. dev_tokens, test_tokens:
-    how much text to fit on and to report on, taken from documents that are not counted. least: n-grams seen fewer times
+    how much text to fit on and to report on, taken from documents that are not counted: those of `dev`, or else some of
+    the corpus. least: n-grams seen fewer times
     are left out (they collide with others and tell little). ridge: share of the mean variance added to S.
     """
 
@@ -67,6 +68,7 @@ class FillConfig:
     corpus: CorpusConfig
     out: Path
     backbone: str | None = None
+    dev: CorpusConfig | None = None
     dev_tokens: int = 16_384
     test_tokens: int = 16_384
     max_tokens: int | None = None
@@ -105,19 +107,20 @@ def fill(config: FillConfig, progress: Progress | None = None) -> dict[str, Any]
     parts = _parts(config, seen)
     layout = parts.layout
     cache = TokenCache.build(config.corpus, parts.folder / "tokenizer.json", seen, max_tokens=config.max_tokens)
+    judge = cache if config.dev is None else TokenCache.build(config.dev, parts.folder / "tokenizer.json", seen)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{config.out.name}.fill-", dir=config.out.parent))
     try:
-        split = _split(cache, config)
+        split = _split(cache, judge, config)
         with seen.task("load the backbone"):
             backbone = load_backbone(parts.reference, parts.folder)
         layer = _final_layer(layout, backbone, parts)
         directions = _directions(cache, split, layout, layer, backbone, config)
         often = count_often(cache, split.count, layout, layer, seen)
         counts = accumulate(cache, split.count, layout, layer, directions, often, config.least, scratch, seen)
-        fitting = _scored(cache, split.fit, layout, layer, directions, counts, backbone, config.dev_tokens, seen)
+        fitting = _scored(judge, split.fit, layout, layer, directions, counts, backbone, config.dev_tokens, seen)
         fitted = fit(fitting, layout, directions, seen)
-        tested = _scored(cache, split.report, layout, layer, directions, counts, backbone, config.test_tokens, seen)
+        tested = _scored(judge, split.report, layout, layer, directions, counts, backbone, config.test_tokens, seen)
         figures = report(tested, layout, directions, fitted, config.seed)
         _shrink(counts, fitted.k)
         _save(config, parts, layer, backbone, directions, fitted, counts, figures)
@@ -125,6 +128,7 @@ def fill(config: FillConfig, progress: Progress | None = None) -> dict[str, Any]
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         cache.discard()
+        judge.discard()
     return {
         "out": str(config.out), "rows": layout.table_rows[layer], "rows_filled": filled,
         "scales": dict(zip(map(str, layout.orders), fitted.scales, strict=True)), "k": fitted.k,
@@ -188,12 +192,14 @@ def _final_layer(layout: Layout, backbone: Any, parts: _Parts) -> int:
     return blocks
 
 
-def _split(cache: TokenCache, config: FillConfig) -> Split:
-    split = split_documents(cache, config.dev_tokens, config.test_tokens)
-    for name in ("fit", "report", "count"):
-        if len(getattr(split, name)) < 1 or int(cache.lengths()[getattr(split, name)].sum()) < 64:
+def _split(cache: TokenCache, judge: TokenCache, config: FillConfig) -> Split:
+    split = split_documents(judge, config.dev_tokens, config.test_tokens)
+    if judge is not cache:
+        split = replace(split, count=np.flatnonzero(~np.isin(cache.hashes(), judge.hashes())))
+    for name, part in (("fit", judge), ("report", judge), ("count", cache)):
+        if len(getattr(split, name)) < 1 or int(part.lengths()[getattr(split, name)].sum()) < 64:
             raise FillError(
-                f"the corpus has {cache.documents} documents with {cache.tokens} tokens: none are left to {name}",
+                f"the text has {part.documents} documents with {part.tokens} tokens: none are left to {name}",
                 hint="give more documents, or lower --dev-tokens and --test-tokens",
             )
     return split

@@ -19,7 +19,7 @@ from engram.builders.fill_statistics import Directions
 from engram.builders.layout import Layout
 
 CANDIDATES = 128  # tokens a position whose logits are followed while fitting; the rest keep their mass
-STRENGTHS = (0.25, 1.0, 4.0, 16.0)  # shrinkage constants k that are tried
+STRENGTHS = (0.25, 1.0, 4.0)  # shrinkage constants k that are tried
 _WINDOW = 512
 _BLOCK = 512
 _FIRST_SCALE = 2.0
@@ -130,16 +130,21 @@ def _minimise(candidates: _Candidates, moved_OTK: Tensor) -> tuple[float, list[f
     scales = torch.full((moved_OTK.shape[0],), _FIRST_SCALE, requires_grad=True)
     optimizer = torch.optim.LBFGS([scales], lr=0.5, max_iter=60, line_search_fn="strong_wolfe")
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
+    def loss() -> Tensor:
         logits = candidates.logp_TK + torch.tensordot(scales, moved_OTK, 1)
         norm = torch.logsumexp(torch.cat([logits, candidates.rest_T[:, None]], dim=1), dim=1)
-        loss = (norm - logits[:, 0]).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+        out: Tensor = (norm - logits[:, 0]).mean()
+        return out
 
-    optimizer.step(closure)  # type: ignore[arg-type]
-    return float(closure().detach()), [float(s) for s in scales.detach()]
+    def closure() -> float:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        return float(value.detach())
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        return float(loss()), [float(scale) for scale in scales]
 
 
 def report(scored: Scored, layout: Layout, directions: Directions, fitted: Fitted, seed: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ Floats = NDArray[np.float32]
 
 BATCH_TOKENS = 1 << 17
 SAMPLE_CONTEXTS = 40_000  # n-gram contexts from which the directions are chosen
-DOCUMENT_TOKENS = 2048  # read of one document for fitting and reporting
+DOCUMENT_TOKENS = 1024  # read of one document for fitting and reporting
 _BUCKETS = 1 << 25  # of the first pass's counters: a byte each
 _WIDE = (1 << 61) - 1  # a prime modulus so large that distinct n-grams do not meet
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,21 +36,22 @@ class PythonText:
     files: dict[str, Path]  # by part: fill, train, held_out, unrelated
     documents: dict[str, int]
     characters: dict[str, int]
-    dropped: int  # near-copies left out
+    copied: int  # documents that share many lines with others: all of them are counted, none is held out
 
 
 def write_python_text(folder: Path) -> PythonText:
     """Write the four parts as JSONL files: to fill from (7 of 10 documents), to train on (2), held out (1), unrelated.
 
-    Near-copies are left out before the parts are drawn, so that held-out text is not a copy of what was counted.
+    Documents that share many lines with another all go to the part that is counted, so that held-out text is no copy of
+    anything seen.
     Raises PythonTextError where the standard library's sources are missing (some minimal images strip them).
     """
-    kept, dropped = _without_copies(_own_documents())
-    parts: dict[str, list[tuple[str, str]]] = {"fill": [], "train": [], "held_out": []}
-    for title, text in kept:
+    single, copied = _apart(_own_documents())
+    parts: dict[str, list[tuple[str, str]]] = {"fill": list(copied), "train": [], "held_out": []}
+    for title, text in single:
         draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") % 10
         parts["held_out" if draw == 0 else "train" if draw <= 2 else "fill"].append((title, text))
-    parts["unrelated"] = _without_copies(_licences())[0]
+    parts["unrelated"] = _distinct(_licences())
     for name, documents in parts.items():
         if len(documents) < 5:
             raise PythonTextError(
@@ -64,7 +66,7 @@ def write_python_text(folder: Path) -> PythonText:
         files={name: folder / f"{name}.jsonl" for name in parts},
         documents={name: len(documents) for name, documents in parts.items()},
         characters={name: sum(len(text) for _, text in documents) for name, documents in parts.items()},
-        dropped=dropped,
+        copied=len(copied),
     )
 
 
@@ -90,17 +92,30 @@ def _licences() -> Iterator[tuple[str, str]]:
             yield path.relative_to(root).as_posix(), path.read_text("utf-8", errors="replace")
 
 
-def _without_copies(documents: Iterator[tuple[str, str]]) -> tuple[list[tuple[str, str]], int]:
-    """Documents of which few lines stand in an earlier one, and how many were left out."""
+def _apart(documents: Iterator[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Documents of which few lines stand in any other, and the others (each perhaps a near-copy of some)."""
+    first = {text: title for title, text in documents if _LEAST_CHARACTERS <= len(text) <= _MOST_CHARACTERS}
+    kept = [(title, text) for text, title in first.items()]
+    lines = [_telling_lines(text) for _, text in kept]
+    uses = Counter(line for found in lines for line in found)
+    alike = [sum(uses[line] > 1 for line in found) > _LARGEST_SHARE * len(found) for found in lines]
+    parted: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
+    for document, copied in zip(kept, alike, strict=True):
+        parted[copied].append(document)
+    return parted
+
+
+def _distinct(documents: Iterator[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Documents of which few lines stand in an earlier one."""
     seen: set[str] = set()
-    kept, dropped = [], 0
+    kept = []
     for title, text in documents:
-        if not _LEAST_CHARACTERS <= len(text) <= _MOST_CHARACTERS:
-            continue
-        lines = {line for line in map(str.strip, text.splitlines()) if len(line) >= _TELLING_LINE}
-        if len(lines & seen) > _LARGEST_SHARE * len(lines):
-            dropped += 1
-            continue
-        seen |= lines
-        kept.append((title, text))
-    return kept, dropped
+        lines = _telling_lines(text)
+        if len(text) >= _LEAST_CHARACTERS and len(lines & seen) <= _LARGEST_SHARE * len(lines):
+            kept.append((title, text[:_MOST_CHARACTERS]))
+            seen |= lines
+    return kept
+
+
+def _telling_lines(text: str) -> set[str]:
+    return {line for line in map(str.strip, text.splitlines()) if len(line) >= _TELLING_LINE}

@@ -24,17 +24,18 @@ DISK_BUDGET_BYTES = 8 << 20  # of mapped table that may be resident
 class Scale:
     """How much of everything: the demo's own, or a small one that only shows that all parts work."""
 
-    rows_per_head: int = 65_536
+    rows_per_head: int = 131_072
+    orders: tuple[int, ...] = (2, 3, 4)
     heads: int = 8
-    head_dim: int = 72
+    head_dim: int = 72  # 8 x 72: every direction of the 576-wide state
     fill_tokens: int | None = None
-    fit_tokens: int = 8_192
-    train_steps: int = 60
+    fit_tokens: int = 12_288
+    train_steps: int = 20
     eval_tokens: int = 24_576
     write_tokens: int = 48
 
 
-SMALL = Scale(4_001, 2, 32, 60_000, 1_024, 2, 1_024, 8)
+SMALL = Scale(4_001, (2, 3), 2, 32, 60_000, 1_024, 2, 1_024, 8)
 
 
 def demo(
@@ -123,7 +124,7 @@ class _Demo:
 
         scale = self.scale
         config = BuildVocabConfig(
-            self.corpus("fill"), self.model, self.out / "layout", layers=(30,), heads=scale.heads,
+            self.corpus("fill"), self.model, self.out / "layout", layers=(30,), orders=scale.orders, heads=scale.heads,
             head_dim=scale.head_dim, rows_per_head=scale.rows_per_head, force=True,
         )  # fmt: skip
         return build_vocab(config, self.seen)
@@ -132,8 +133,8 @@ class _Demo:
         from engram.builders.fill import FillConfig, fill
 
         config = FillConfig(
-            self.out / "layout", backbone=self.model, corpus=self.corpus("fill"), out=self.out / "filled",
-            dev_tokens=self.scale.fit_tokens, test_tokens=self.scale.fit_tokens // 2,
+            self.out / "layout", backbone=self.model, corpus=self.corpus("fill"), dev=self.corpus("train"),
+            out=self.out / "filled", dev_tokens=self.scale.fit_tokens, test_tokens=self.scale.fit_tokens // 2,
             max_tokens=self.scale.fill_tokens, force=True,
         )  # fmt: skip
         return fill(config, self.seen)

@@ -25,6 +25,10 @@ def fill(
         Optional[str],
         typer.Option(metavar="SOURCE", help="With a layout: the transformer (a folder, a .gguf, or a hub name)."),
     ] = None,
+    dev: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="CORPUS", help="Fit and report on this text instead of a part of the corpus; repeatable."),
+    ] = None,
     max_tokens: Annotated[Optional[str], typer.Option(metavar="N", help="Count no more tokens than this.")] = None,
     dev_tokens: Annotated[
         str, typer.Option(metavar="N", help="Tokens of the split that scales are fitted on.")
@@ -48,6 +52,7 @@ def fill(
         corpus=CorpusConfig(tuple(corpus), field=field, column=column, strict=strict, suffixes=tuple(suffix)),
         out=out,
         backbone=backbone,
+        dev=CorpusConfig(tuple(dev), field, column, strict, tuple(suffix)) if dev else None,
         max_tokens=None if max_tokens is None else parse_count(max_tokens),
         dev_tokens=parse_count(dev_tokens),
         test_tokens=parse_count(test_tokens),

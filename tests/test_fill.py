@@ -268,3 +268,15 @@ def test_out_that_exists(place: Path, tmp_path: Path) -> None:
 def test_folder_that_is_neither(place: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(config(place, tmp_path / "out", source=tmp_path / "empty", backbone=None), "neither a layout")
+
+
+def test_text_to_fit_on_may_come_from_elsewhere(place: Path, tmp_path: Path) -> None:
+    texts.write_corpus(tmp_path / "dev.jsonl", 20)
+    lines = (tmp_path / "dev.jsonl").read_text().splitlines()
+    lines = [json.dumps({"text": "apart " + json.loads(line)["text"]}) for line in lines]
+    shared = (place / "corpus.jsonl").read_text().splitlines()[0]
+    (tmp_path / "dev.jsonl").write_text("\n".join([*lines, shared]) + "\n")
+    result = fill(config(place, tmp_path / "out", dev=CorpusConfig((str(tmp_path / "dev.jsonl"),))))
+    whole = TokenCache.build(CorpusConfig((str(place / "corpus.jsonl"),)), place / "layout" / "tokenizer.json")
+    assert result["documents"]["counted"] == whole.documents - 1, "all but the document that is also judged on"
+    assert result["documents"]["fitted"] + result["documents"]["reported"] <= 21

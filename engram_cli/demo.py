@@ -112,9 +112,11 @@ class _Demo:
     def text(self) -> dict[str, Any]:
         from dataclasses import asdict
 
+        from engram.builders.fetch import ENGLISH_PROSE
         from engram.builders.python_text import write_python_text
 
-        return asdict(write_python_text(self.out / "text")) | {"backbone": str(_backbone(self.seen))}
+        prose = ENGLISH_PROSE.fetch(progress=self.seen)
+        return asdict(write_python_text(self.out / "text", prose)) | {"backbone": str(_backbone(self.seen))}
 
     def corpus(self, part: str) -> Any:
         from engram.builders.corpus import CorpusConfig
@@ -199,7 +201,7 @@ def _show(result: dict[str, Any], out: Path) -> None:
     low, high = held["gain"]["ci95"]
     print(f"gain {held['gain']['nll']:.4f} nats a token, 95 % interval {low:.4f} to {high:.4f}")
     harm = unrelated["memory"]["ppl"] / unrelated["backbone"]["ppl"] - 1
-    print(f"perplexity of unrelated text changes by {100 * harm:+.2f} %\n")
+    print(f"perplexity of unrelated text (the King James Bible) changes by {100 * harm:+.2f} %\n")
     table_bytes = runs["disk"]["table_bytes"]
     rows = [[offload, *_placement(runs[offload])] for offload in PLACEMENTS]
     same = "the same tokens from all three" if runs["identical"] else "TOKENS DIFFER"

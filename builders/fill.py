@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engram import EngramError, Progress
+from engram.builders.atomic import check_replaceable
 from engram.builders.backbone import BackboneRef, load_backbone
 from engram.builders.checkpoint import open_checkpoint, save_checkpoint
 from engram.builders.corpus import CorpusConfig
@@ -47,6 +48,7 @@ from engram.builders.process_memory import resident_bytes
 from engram.builders.token_cache import TokenCache
 
 _BLOCK_ROWS = 1 << 16
+_SAME_LOGITS = 2e-2  # of the largest logit: what bfloat16 arithmetic may differ
 _OPEN = 0.5  # the gate of a filled memory: its query norm is zero, so every score is
 
 
@@ -106,8 +108,7 @@ def fill(config: FillConfig, progress: Progress | None = None) -> dict[str, Any]
     tokenizer, backbone and checkpoint raise.
     """
     seen, began = progress or Progress(), time.perf_counter()
-    if config.out.exists() and not config.force:
-        raise FillError(f"{config.out} exists", hint="choose another --out, or pass --force to replace it")
+    check_replaceable(config.out, force=config.force, error=FillError)
     parts = _parts(config, seen)
     layout = parts.layout
     cache = TokenCache.build(config.corpus, parts.folder / "tokenizer.json", seen, max_tokens=config.max_tokens)
@@ -119,6 +120,7 @@ def fill(config: FillConfig, progress: Progress | None = None) -> dict[str, Any]
         with seen.task("load the backbone"):
             backbone = load_backbone(parts.reference, parts.folder)
         layer = _final_layer(layout, backbone, parts)
+        _check_head(backbone, parts)
         directions = _directions(cache, split, layout, layer, backbone, config)
         often = count_often(cache, split.count, layout, layer, seen)
         counts = accumulate(cache, split.count, layout, layer, directions, often, config.least, scratch, seen)
@@ -153,6 +155,7 @@ def _parts(config: FillConfig, progress: Progress) -> _Parts:
         raise FillError(f"{source} names its own backbone", hint="pass --backbone only with a layout folder")
     if (source / "engram.json").is_file():
         opened = open_checkpoint(source)
+        opened.backbone.verify(source)
         return _Parts(opened.layout, opened.backbone, source)
     if source.is_dir():
         raise FillError(f"{source} is neither a layout nor a checkpoint", hint="make one with engram build-vocab")
@@ -197,12 +200,26 @@ def _final_layer(layout: Layout, backbone: Any, parts: _Parts) -> int:
     return blocks
 
 
+def _check_head(backbone: Any, parts: _Parts) -> None:
+    """The closed form needs logits that are one product with the unembedding."""
+    ids = torch.arange(min(8, backbone.get_output_embeddings().weight.shape[0]))[None]
+    with torch.inference_mode():
+        whole = backbone(ids).logits.float()
+        state = backbone.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+        short = state @ backbone.get_output_embeddings().weight.float().T
+    if float((whole - short).abs().max()) > _SAME_LOGITS * float(whole.abs().max()):
+        raise FillError(
+            f"the head of {parts.reference.path} does more than one product (a soft cap, a scale or a bias)",
+            hint="train this backbone's memory with engram train",
+        )
+
+
 def _split(cache: TokenCache, judge: TokenCache, config: FillConfig) -> Split:
     split = split_documents(judge, config.dev_tokens, config.test_tokens)
     if judge is not cache:
         split = replace(split, count=np.flatnonzero(~np.isin(cache.hashes(), judge.hashes())))
     for name, part in (("fit", judge), ("report", judge), ("count", cache)):
-        if len(getattr(split, name)) < 1 or int(part.lengths()[getattr(split, name)].sum()) < 64:
+        if len(getattr(split, name)) < 1 or int((part.lengths()[getattr(split, name)] - 1).sum()) < 64:
             raise FillError(
                 f"the text has {part.documents} documents with {part.tokens} tokens: none are left to {name}",
                 hint="give more documents, or lower --dev-tokens and --test-tokens",
@@ -220,9 +237,10 @@ def _directions(
     for group in batches(cache, split.count):
         unigram += np.bincount(np.concatenate([d[1:] for d in group]), minlength=len(unigram))
         for document in group:
-            if size < SAMPLE_CONTEXTS:
-                sample.append(document)
-                size += len(document)
+            piece = document[: SAMPLE_CONTEXTS - size]
+            if len(piece) >= 2:
+                sample.append(piece)
+                size += len(piece)
     return find_directions(weight_VD, unigram, positions(layout, layer, sample), layout, config.ridge)
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engram import Progress
+from engram import EngramError, Progress
 from engram.builders.fill_statistics import Directions
 from engram.builders.layout import Layout
 
@@ -23,6 +23,10 @@ STRENGTHS = (0.25, 1.0, 4.0)  # shrinkage constants k that are tried
 _WINDOW = 512
 _BLOCK = 512
 _FIRST_SCALE = 2.0
+
+
+class FitError(EngramError):
+    """Scales that cannot be fitted."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +114,11 @@ def fit(scored: Scored, layout: Layout, directions: Directions, progress: Progre
                      for o in range(len(layout.orders))]
                 )  # fmt: skip
             loss, scales = _minimise(candidates, moved_OTK)
-            if best is None or loss < best[0]:
+            if math.isfinite(loss) and (best is None or loss < best[0]):
                 best = (loss, Fitted(k, scales))
             task.advance(1)
-    assert best is not None
+    if best is None:
+        raise FitError("no finite loss was found while fitting the scales", hint="is the backbone's output finite?")
     return best[1]
 
 

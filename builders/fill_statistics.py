@@ -6,6 +6,7 @@ R kept directions.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,11 +42,14 @@ def split_documents(cache: TokenCache, fit_tokens: int, report_tokens: int) -> S
     hashes, lengths = cache.hashes(), np.minimum(cache.lengths(), DOCUMENT_TOKENS)
     order = np.argsort(hashes, kind="stable")
     reached = np.cumsum(lengths[order])
-    ends = [int(np.searchsorted(reached, total)) + 1 for total in (fit_tokens, fit_tokens + report_tokens)]
-    for i, end in enumerate(ends):
+    ends: list[int] = []
+    before = 0
+    for wanted in (fit_tokens, report_tokens):
+        end = int(np.searchsorted(reached, before + wanted)) + 1
         while 0 < end < len(order) and hashes[order[end]] == hashes[order[end - 1]]:
             end += 1
-        ends[i] = min(end, len(order))
+        ends.append(min(end, len(order)))
+        before = int(reached[ends[-1] - 1])
     return Split(order[ends[1] :], order[: ends[0]], order[ends[0] : ends[1]])
 
 
@@ -168,7 +172,12 @@ def accumulate(
     batch. Rows that nothing is added to stay exactly zero.
     """
     rows = layout.table_rows[layer]
-    sums = np.memmap(scratch / "sums.f32", dtype=np.float32, mode="w+", shape=(rows, layout.head_dim))
+    path = scratch / "sums.f32"
+    with path.open("wb") as file:  # claim the space now: a full disk must not surface as a bus error
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, rows * layout.head_dim * 4)
+        file.truncate(rows * layout.head_dim * 4)
+    sums = np.memmap(path, dtype=np.float32, mode="r+", shape=(rows, layout.head_dim))
     seen = np.zeros(rows, dtype=np.float32)
     with progress.task("fill rows", int(cache.lengths()[documents].sum()), "tokens") as task:
         for group in batches(cache, documents):

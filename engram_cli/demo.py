@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json as jsonlib
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engram import Progress
+from engram import Progress, __version__
 from engram.cli import options, progress, ui
 from engram.cli.sizes import show_bytes, show_seconds
 
@@ -69,23 +72,32 @@ def _backbone(seen: Progress) -> Path:
 
 
 class _Demo:
-    """The steps in their order. Each leaves one folder; a step whose folder and figures exist is not done again."""
+    """The steps in their order.
+
+    A step is not done again where its figures and what it made are there, for the same sizes, release and Python, and
+    no step before it was done again.
+    """
 
     def __init__(self, out: Path, scale: Scale, seen: Progress) -> None:
         self.out, self.scale, self.seen = out, scale, seen
         self.figures = out / "figures"
+        self.key = f"{scale} {STRENGTH} {TRAINING} engram {__version__} Python {sys.version}"
+        self.redone = False
 
     def step(self, number: int, title: str, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         kept = self.figures / f"{name}.json"
-        if kept.exists():
+        found: dict[str, Any] = jsonlib.loads(kept.read_text()) if kept.exists() else {}
+        if not self.redone and found.get("key") == self.key and all(Path(path).exists() for path in found["made"]):
             ui.say(f"[{number}/8] {title}: done before")
-            found: dict[str, Any] = jsonlib.loads(kept.read_text())
             return found
         ui.say(f"[{number}/8] {title}")
         from engram.builders.atomic import write_whole
 
         began = time.perf_counter()
-        result = ui.plain(work() | {"step_seconds": time.perf_counter() - began})
+        result = ui.plain(work() | {"step_seconds": time.perf_counter() - began, "key": self.key})
+        result["made"] = [str(self.out / name)] if (self.out / name).exists() else []
+        result["made"] += [result["backbone"]] if name == "text" else []
+        self.redone = True
         self.figures.mkdir(parents=True, exist_ok=True)
         write_whole(kept, jsonlib.dumps(result).encode())
         ui.say(f"      {show_seconds(result['step_seconds'])}")
@@ -96,12 +108,12 @@ class _Demo:
         text = self.step(1, "backbone and text: SmolLM2-135M, this Python's own docs and source", "text", self.text)
         self.model, self.files = text["backbone"], text["files"]
         layout = self.step(2, "vocabulary and hash layout", "layout", self.layout)
-        filled = self.step(3, "fill the tables from counts, no gradients", "fill", self.fill)
-        trained = self.step(4, "train a little, on documents that were not counted", "train", self.train)
-        quantized = self.step(5, "tables to int4", "quantize", self.quantize)
-        exported = self.step(6, "export the package and verify it", "export", self.export)
+        filled = self.step(3, "fill the tables from counts, no gradients", "filled", self.fill)
+        trained = self.step(4, "train a little, on documents that were not counted", "run", self.train)
+        quantized = self.step(5, "tables to int4", "quantized", self.quantize)
+        exported = self.step(6, "export the package and verify it", "package", self.export)
         quality = self.step(7, "measure on held-out documents, beside the controls", "eval", self.evaluate)
-        runs = self.step(8, "write text with the tables in three places", "run", self.write)
+        runs = self.step(8, "write text with the tables in three places", "writing", self.write)
         steps = [text, layout, filled, trained, quantized, exported, quality, runs]
         return {
             "package": str(self.out / "package"), "text": text, "layout": layout, "fill": filled, "train": trained,
@@ -147,6 +159,8 @@ class _Demo:
         from engram.builders.train import train
 
         run = self.out / "run"
+        if self.redone:
+            shutil.rmtree(run, ignore_errors=True)
         overrides = [
             f"start_from={self.out / 'filled'}", f"backbone.source={self.model}",
             f"data.sources=[{self.files['train']}]", f"run.max_steps={self.scale.train_steps}", f"out={run}", *TRAINING,
@@ -178,7 +192,7 @@ class _Demo:
         from engram.runtime.generate import RunConfig, run
 
         found: dict[str, Any] = {}
-        for offload in PLACEMENTS:
+        for offload in reversed(PLACEMENTS):  # the leanest first: resident memory of a process hardly shrinks
             budget = DISK_BUDGET_BYTES if offload == "disk" else None
             config = RunConfig(self.out / "package", PROMPT, offload, self.scale.write_tokens, table_cache=budget)
             found[offload] = run(config, lambda piece: None, self.seen)
@@ -211,9 +225,10 @@ def _show(result: dict[str, Any], out: Path) -> None:
         rows,
     )
     print(f"All of it took {show_seconds(result['steps_seconds'])}. To try next:\n")
-    print(f"  engram run {out}/package --chat --prompt 'What does os.path.join do?'")
-    print(f"  engram hash {out}/package --text 'import os'")
-    print("  engram train attach-smollm2 data.sources=[your-texts/] out=mine --dry-run")
+    name, package = "engram" if shutil.which("engram") else shlex.quote(sys.argv[0]), shlex.quote(f"{out}/package")
+    print(f"  {name} run {package} --chat --prompt 'What does os.path.join do?'")
+    print(f"  {name} hash {package} --text 'import os'")
+    print(f"  {name} train attach-smollm2 'data.sources=[your-texts/]' out=mine --dry-run")
 
 
 def _placement(run: dict[str, Any]) -> list[str]:

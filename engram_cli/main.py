@@ -59,6 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     except EngramError as failure:
         ui.error(failure)
         raise SystemExit(1) from None
+    except OSError as wrong:
+        where = f"{wrong.filename}: " if wrong.filename else ""
+        hint = "check the path, its permissions and the free space"
+        ui.error(EngramError(f"{where}{wrong.strerror or wrong}", hint=hint))
+        raise SystemExit(1) from None
     except SystemExit as leaving:
         if leaving.code == 130:
             ui.say(f"\ninterrupted; nothing half-written was left. To go on: {resume_line(argv)}")

@@ -11,7 +11,7 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already at --out.")]
 Out = Annotated[Path, typer.Option("--out", metavar="PATH", help="Where to write; made whole or not at all.")]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of everything random.")]
 Sources = Annotated[
     list[str],
     typer.Argument(

@@ -38,7 +38,7 @@ def run(
     from engram.runtime.generate import run as work
 
     if prompt == "-" or (prompt is None and (json or not sys.stdin.isatty())):
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     config = RunConfig(
         package=package,
         prompt=prompt,

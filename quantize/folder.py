@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from engram import EngramError, Progress
+from engram.builders.atomic import check_replaceable
 
 _BLOCK = 1 << 20
 
@@ -15,12 +16,7 @@ def check_target(source: Path, out: Path, *, force: bool, error: type[EngramErro
     here, there = source.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise error(f"--out {out} and its source {source} lie in one another", hint="choose a folder of its own")
-    if not out.exists():
-        return
-    if not force:
-        raise error(f"{out} exists", hint="choose another --out, or pass --force to replace it")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "engram.json").is_file()):
-        raise error(f"{out} is not an engram folder, --force does not replace it", hint="remove it yourself")
+    check_replaceable(out, force=force, error=error)
 
 
 def copy_hashed(source: Path, target: Path, progress: Progress | None = None) -> str:

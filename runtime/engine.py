@@ -52,6 +52,8 @@ class Model:
         self.reader = reader
         self.layout = package.layout
         ref = BackboneRef.from_json(package.manifest["backbone"])
+        if ref.kind != "embedded":  # what is outside the package may have changed since
+            ref.verify(package.folder)
         gates = {int(n): GateConfig.from_json(config) for n, config in package.manifest["gate"].items()}
         self.engram = EngramModel(load_backbone(ref, package.folder, dtype), self.layout, gates).eval()
         load_gate_weights(self.engram, package.dense())
@@ -74,7 +76,11 @@ class Model:
         Raises PackageError where the package is damaged and EngineError where the placement does not fit.
         """
         package = open_package(folder, verify=verify)
-        return cls(package, RowReader(package, offload, cache_bytes=cache_bytes), dtype)
+        try:
+            return cls(package, RowReader(package, offload, cache_bytes=cache_bytes), dtype)
+        except BaseException:
+            package.close()
+            raise
 
     @property
     def context(self) -> int:
@@ -84,9 +90,14 @@ class Model:
     def stop_ids(self) -> frozenset[int]:
         """Token ids that end a text."""
         found: set[int] = set()
-        for ids in (self.special.get("eos_token_id"), self.engram.backbone.generation_config.eos_token_id):
+        generation = getattr(self.engram.backbone, "generation_config", None)
+        for ids in (self.special.get("eos_ids"), getattr(generation, "eos_token_id", None)):
             found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
         return frozenset(found)
+
+    def begin(self) -> list[int]:
+        """What a text begins with: the tokenizer's bos where it asks for one."""
+        return [int(self.special["bos_id"])] if self.special.get("add_bos") else []
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens added."""
@@ -160,6 +171,8 @@ class Session:
         shared = 0
         while shared < min(len(have), len(ids) - 1) and have[shared] == ids[shared]:
             shared += 1
+        if shared < self.line.length and not self.line.croppable:  # a recurrent state cannot be rolled back
+            self.line, shared = self.model.engram.timeline(), 0
         self.line.crop(shared)
         return ids[shared:]
 

@@ -41,7 +41,8 @@ class EvalConfig:
 
     `max_tokens` are spread over as many documents as possible: each is read up to a common length, at least a window
     and at most `document_tokens`, in the order of their hashes. A document is cut into windows of `sequence` tokens,
-    and every window is a text of its own.
+    and every window is a text of its own (begun
+    with bos where the tokenizer asks for one).
     """
 
     package: Path
@@ -194,20 +195,22 @@ def _score_all(
     model: Model, cache: TokenCache, chosen: list[tuple[int, int]], config: EvalConfig, progress: Progress
 ) -> list[Scores]:
     score = Scorer(model, config.seed)
-    length = min(config.sequence, model.context)
+    bos = np.array(model.begin(), dtype=np.int64)
+    length = min(config.sequence, model.context - len(bos))
     out = []
     with progress.task("evaluate", sum(tokens for _, tokens in chosen), "tokens") as task:
         for document, tokens in chosen:
             ids = cache.document(document)[:tokens].astype(np.int64)
             scores = Scores()
             for begin in range(0, tokens, length):
-                window = ids[begin : begin + length]
+                piece = ids[begin : begin + length]
+                window = np.concatenate([bos, piece])
                 if len(window) >= 2:
                     for name, nats in score(window[None]).items():
                         scores.nats[name] += nats
                     scores.tokens += len(window) - 1
                     scores.bytes += len(model.tokenizer.decode(window[1:].tolist(), skip_special_tokens=False).encode())
-                task.advance(len(window))
+                task.advance(len(piece))
             out.append(scores)
     return out
 
@@ -232,7 +235,9 @@ def summary(scored: list[Scores], config: EvalConfig) -> dict[str, Any]:
 def interval(gained_N: NDArray[Any], tokens_N: NDArray[Any], samples: int, seed: int) -> tuple[float, float]:
     """95 % percentile interval of sum(gained) / sum(tokens) when documents are drawn with replacement."""
     generator = np.random.default_rng(seed)
-    drawn_RN = generator.integers(0, len(gained_N), size=(samples, len(gained_N)))
-    means_R = gained_N[drawn_RN].sum(1) / tokens_N[drawn_RN].sum(1)
+    means_R = np.empty(samples)
+    for sample in range(samples):
+        drawn_N = generator.integers(0, len(gained_N), size=len(gained_N))
+        means_R[sample] = gained_N[drawn_N].sum() / tokens_N[drawn_N].sum()
     low, high = np.percentile(means_R, [2.5, 97.5])
     return float(low), float(high)

@@ -87,7 +87,7 @@ class Conversation:
 
     def complete(self, prompt: str, on_text: Callable[[str], None]) -> dict[str, Any]:
         """Go on from a text; the object of `engram run --json`."""
-        return self._write(self.model.encode(prompt), on_text)
+        return self._write(self.model.begin() + self.model.encode(prompt) if prompt else [], on_text)
 
     def turn(self, text: str, on_text: Callable[[str], None]) -> dict[str, Any]:
         """Answer one message of a chat (through the chat template; without one the text is simply continued)."""
@@ -102,7 +102,7 @@ class Conversation:
             return "".join(message["content"] + "\n" for message in self._messages)
         from transformers import PreTrainedTokenizerFast
 
-        named = {key: self.model.special.get(key) for key in ("bos_token", "eos_token", "pad_token")}
+        named = {f"{name}_token": self.model.special.get(name) for name in ("bos", "eos", "pad")}
         renderer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
             tokenizer_object=self.model.tokenizer, **{key: value for key, value in named.items() if value}
         )

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from engram import EngramError
 from engram.builders.atomic import atomic_folder
 from engram.builders.backbone import BackboneError, BackboneRef
 from engram.builders.checkpoint import CheckpointError, open_checkpoint, save_checkpoint
@@ -114,11 +115,23 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
 
 def test_a_failing_write_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / "engram.json").touch()
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out", force=True) as folder:
         (folder / "new").touch()
         raise RuntimeError
-    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["out", "out/old"]
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["out", "out/engram.json"]
+
+
+def test_force_replaces_nothing_that_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "thesis.txt").touch()
+    (tmp_path / "file").touch()
+    for name in ("texts", "file"):
+        with pytest.raises(EngramError, match="not an engram folder"), atomic_folder(tmp_path / name, force=True):
+            pass
+    assert (tmp_path / "texts" / "thesis.txt").exists() and (tmp_path / "file").exists()
+    with pytest.raises(EngramError, match="no name"), atomic_folder(Path("/"), force=True):
+        pass
 
 
 def test_a_kill_in_the_middle_leaves_no_half_checkpoint(tmp_path: Path) -> None:

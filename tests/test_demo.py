@@ -22,9 +22,12 @@ def test_the_whole_path_at_small_size(tmp_path: Path) -> None:
     again = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-4000:]
     assert again.stderr.count("done before") == 8
+    (tmp_path / "demo" / "figures" / "eval.json").unlink()
+    third = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True)
+    assert third.stderr.count("done before") == 6, "a step without figures is done again, and those after it"
     result = json.loads(again.stdout)
     assert result["run"]["identical"] is True
     assert result["export"]["verify"]["ok"] is True
     held = result["eval"]["held_out"]
     assert held["zero_table"]["nll"] == pytest.approx(held["backbone"]["nll"], abs=2e-3)
-    assert set(result["run"]) == {"none", "ram", "disk", "identical"}
+    assert {"none", "ram", "disk"} <= set(result["run"])

@@ -125,6 +125,19 @@ def test_greedy_text_is_the_argmax_of_the_full_pass(model: Model) -> None:
         assert int(full_logits(model, ids + out[:place])[-1].argmax()) == token
 
 
+def test_special_tokens_of_the_tokenizer_are_used(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "special", {"eos_ids": [7, 9], "add_bos": True, "bos_id": 5, "chat_template": None})
+    assert model.stop_ids() >= {7, 9}
+    conversation = Conversation(model, RunConfig(model.package.folder, max_tokens=1))
+    conversation.complete("The memory", lambda text: None)
+    assert conversation.session.ids[: 1 + len(model.encode("The memory"))] == [5, *model.encode("The memory")]
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    monkeypatch.setattr(model, "special", {"bos": "<pad>", "eos": "<eos>", "chat_template": template})
+    conversation = Conversation(model, RunConfig(model.package.folder, max_tokens=1))
+    conversation._messages.append({"role": "user", "content": "hi"})
+    assert conversation._prompt() == "<pad>hi<eos>"
+
+
 def test_generation_stops_at_a_stop_token_and_at_the_context(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = model.encode("The memory of")
     out = list(generate(model.session(), ids, Sampler(0, 1, 0), 12))

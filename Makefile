@@ -52,7 +52,8 @@ setup-dev: .venv/.ready-dev ## the same with the tools that `make test` needs
 	@if $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then $(PYTHON) -m venv --prompt engram .venv; \
 	elif $(PYTHON) -m pip --version >/dev/null 2>&1; then \
 		echo "setup: $(PYTHON) has no ensurepip; borrowing its pip"; \
-		$(PYTHON) -m venv --without-pip --prompt engram .venv && $(PYTHON) -m pip --python .venv/bin/python install --quiet pip; \
+		$(PYTHON) -m venv --without-pip --prompt engram .venv && $(PYTHON) -m pip --python .venv/bin/python install --quiet pip \
+			|| { rm -rf .venv; echo "error: pip could not be put into .venv; hint: check the network, then run this again" >&2; exit 1; }; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		echo "setup: $(PYTHON) has no venv; you are root, so: apt-get install python3-venv"; \
 		apt-get update -qq && apt-get install -y -qq python3-venv >/dev/null && $(PYTHON) -m venv --prompt engram .venv; \

@@ -300,6 +300,9 @@ def _file_problems(folder: Path, manifest: dict[str, Any], *, whole: bool) -> It
     backbone = manifest["backbone"]
     hashes: dict[str, str] = dict(manifest["sha256"])
     hashes |= {table["file"]: table["sha256"] for table in manifest["tables"].values()}
+    if backbone["kind"] == "embedded" and backbone["path"] != "backbone":
+        yield f"{folder / MANIFEST} says that the backbone is embedded in {backbone['path']!r}, not in 'backbone'"
+        return
     if backbone["kind"] == "embedded":
         hashes |= {f"backbone/{name}": value for name, value in backbone["sha256"].items()}
     if hashes.keys() != manifest["bytes"].keys():

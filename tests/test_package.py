@@ -332,6 +332,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an altered small backbone file": (altered("backbone/config.json", 5), "config.json has SHA-256"),
     "an altered table header": (altered("tables/layer-01.safetensors", 60), "layer-01.safetensors has"),
     "altered table checksums": (altered("tables/layer-01.safetensors", -9), "not the one that the manifest describes"),
+    "a backbone embedded elsewhere": (
+        relabelled(lambda m: m["backbone"].update(path="../elsewhere")), "embedded in '../elsewhere'"
+    ),
     "a longer table": (
         lambda folder: (folder / "tables/layer-01.safetensors").open("ab").write(b"\0"), "it is longer"
     ),

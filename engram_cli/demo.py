@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engram import Progress, __version__
+from engram import EngramError, Progress, __version__
 from engram.cli import options, progress, ui
 from engram.cli.sizes import show_bytes, show_seconds
 
@@ -53,7 +53,10 @@ def demo(
 ) -> None:
     """Build, fill, train, quantize and run a memory for SmolLM2-135M."""
     if backbone:
-        return print(_backbone(progress.on_screen()))
+        folder = str(_backbone(progress.on_screen()))
+        return ui.emit({"backbone": folder}) if json else print(folder)
+    if out.exists() and not (out.is_dir() and ((out / "figures").is_dir() or not any(out.iterdir()))):
+        raise DemoError(f"{out} exists and was not made by engram demo", hint="choose another --out")
     result = _Demo(out, SMALL if small else Scale(), progress.on_screen()).run()
     ui.emit(result) if json else _show(result, out)
 
@@ -69,6 +72,10 @@ def _backbone(seen: Progress) -> Path:
         folder = dense_copy(gguf, cache_folder(), "bfloat16")
         save_tokenizer(gguf, folder)
     return folder
+
+
+class DemoError(EngramError):
+    """A place where the demo would replace what is not its own."""
 
 
 class _Demo:
@@ -98,13 +105,13 @@ class _Demo:
         result["made"] = [str(self.out / name)] if (self.out / name).exists() else []
         result["made"] += [result["backbone"]] if name == "text" else []
         self.redone = True
-        self.figures.mkdir(parents=True, exist_ok=True)
         write_whole(kept, jsonlib.dumps(result).encode())
         ui.say(f"      {show_seconds(result['step_seconds'])}")
         return dict(result)
 
     def run(self) -> dict[str, Any]:
         began = time.perf_counter()
+        self.figures.mkdir(parents=True, exist_ok=True)  # from now on the folder is the demo's
         text = self.step(1, "backbone and text: SmolLM2-135M, this Python's own docs and source", "text", self.text)
         self.model, self.files = text["backbone"], text["files"]
         layout = self.step(2, "vocabulary and hash layout", "layout", self.layout)

@@ -12,6 +12,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def test_a_folder_of_the_users_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "layout").mkdir(parents=True)
+    (tmp_path / "mine" / "layout" / "layout.json").write_text("{}")
+    command = [sys.executable, "-m", "engram.cli.main", "demo", "--small", "--out", str(tmp_path / "mine")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "was not made by engram demo" in done.stderr
+    assert (tmp_path / "mine" / "layout" / "layout.json").read_text() == "{}"
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["layout"]
+
+
 @pytest.mark.real
 def test_the_whole_path_at_small_size(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "engram.cli.main", "demo", "--small", "--out", str(tmp_path / "demo")]

@@ -52,15 +52,18 @@ def atomic_folder(out: Path, *, force: bool = False, error: type[EngramError] = 
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync_tree(partial)
+    put_in_place(partial, out)
+
+
+def put_in_place(finished: Path, out: Path) -> None:
+    """Rename a folder that is on the disk to `out`; an older `out` goes only when the new one stands."""
+    old = out.with_name(out.name + ".old")
     if out.exists():
-        old = out.with_name(out.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
-        partial.rename(out)
-        shutil.rmtree(old)
-    else:
-        partial.rename(out)
+    finished.rename(out)
     sync_path(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_tree(folder: Path) -> None:

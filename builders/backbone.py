@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 
 from engram import EngramError
 from engram.builders.atomic import sync_tree
+from engram.builders.fetch import hash_file
 
 _WEIGHTS = (".safetensors", ".json")
 
@@ -49,12 +49,12 @@ class BackboneRef:
         if path.suffix == ".gguf":
             if not path.is_file():
                 raise BackboneError(f"backbone {source} does not exist")
-            return cls("gguf", str(path.resolve()), dtype, {path.name: file_sha256(path)})
+            return cls("gguf", str(path.resolve()), dtype, {path.name: hash_file(path)})
         if path.is_dir():
             if not (path / "config.json").is_file():
                 raise BackboneError(f"backbone folder {source} has no config.json")
             names = sorted(p.name for p in path.iterdir() if p.suffix in _WEIGHTS)
-            return cls("hf", str(path.resolve()), dtype, {name: file_sha256(path / name) for name in names})
+            return cls("hf", str(path.resolve()), dtype, {name: hash_file(path / name) for name in names})
         if source.count("/") == 1 and not source.startswith((".", "/", "~")):
             return cls("hf", source, dtype)
         raise BackboneError(
@@ -83,15 +83,9 @@ class BackboneRef:
         for name, path in self.files(beside).items():
             if not path.is_file():
                 raise BackboneError(f"backbone file {path} is missing", hint="the reference names a file that moved")
-            found = file_sha256(path)
+            found = hash_file(path)
             if found != self.sha256[name]:
                 raise BackboneError(f"backbone file {path} has SHA-256 {found}, expected {self.sha256[name]}")
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = None) -> Any:
@@ -152,7 +146,7 @@ def dense_copy(gguf: Path, cache: Path, dtype: str) -> Path:
 
     The folder's name carries the file's SHA-256, so another file never finds it.
     """
-    folder = cache / "backbones" / f"{gguf.stem}-{dtype}-{file_sha256(gguf)[:16]}"
+    folder = cache / "backbones" / f"{gguf.stem}-{dtype}-{hash_file(gguf)[:16]}"
     if not (folder / "config.json").is_file():
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=_made(folder.parent)))
         try:

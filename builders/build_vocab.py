@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from engram import EngramError, Progress
 from engram.builders import collisions, statistics, statistics_plot
-from engram.builders.atomic import check_replaceable, sync_path, write_whole
+from engram.builders.atomic import check_replaceable, put_in_place, sync_path, write_whole
 from engram.builders.corpus import CorpusConfig
 from engram.builders.layout import Layout
 from engram.builders.ngram_counts import NgramCounts
@@ -215,14 +215,8 @@ def _show(result: dict[str, Any], progress: Progress) -> None:
 
 
 def _move(half: Path, out: Path, *, force: bool) -> None:
-    """Put the finished folder in its place; an older one goes only when the new one stands."""
+    """Put the finished folder in its place, unless one appeared there meanwhile."""
     sync_path(half)
-    old = out.with_name(out.name + ".replaced")
-    if out.exists():
-        if not force:
-            raise BuildVocabError(f"{out} appeared while it was being built", hint="pass --force to replace it")
-        shutil.rmtree(old, ignore_errors=True)
-        out.replace(old)
-    half.replace(out)
-    sync_path(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if out.exists() and not force:
+        raise BuildVocabError(f"{out} appeared while it was being built", hint="pass --force to replace it")
+    put_in_place(half, out)

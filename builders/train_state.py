@@ -32,9 +32,10 @@ from safetensors.torch import save as to_safetensors
 
 from engram import EngramError, Progress
 from engram.builders.atomic import atomic_folder, write_whole
-from engram.builders.backbone import BackboneRef, file_sha256, save_backbone
+from engram.builders.backbone import BackboneRef, save_backbone
 from engram.builders.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from engram.builders.data import Cursor
+from engram.builders.fetch import hash_file
 from engram.builders.model import gate_weights
 from engram.builders.optim import Optimizer
 from engram.builders.recipe import Recipe
@@ -114,7 +115,7 @@ def _backbone_files(trainee: Trainee, out: Path) -> Iterator[tuple[BackboneRef, 
         model = copy.deepcopy(trainee.adapters).merge_and_unload()
     with tempfile.TemporaryDirectory(prefix=".backbone-", dir=out) as name:
         save_backbone(model, Path(name))
-        hashes = {file.name: file_sha256(file) for file in sorted(Path(name).iterdir())}
+        hashes = {file.name: hash_file(file) for file in sorted(Path(name).iterdir())}
         yield BackboneRef("embedded", "backbone", "float32", hashes), Path(name)
 
 

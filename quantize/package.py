@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from engram import EngramError, Progress, __version__
 from engram.builders import checkpoint as checkpoints
 from engram.builders.atomic import atomic_folder
-from engram.builders.backbone import BackboneRef, file_sha256
+from engram.builders.backbone import BackboneRef
 from engram.builders.checkpoint import DENSE, MANIFEST, TOKENIZER_FILES, table_file
+from engram.builders.fetch import hash_file
 from engram.builders.layout import Layout
 from engram.kernels.codecs import find_codec
 from engram.quantize import tables as quantized
@@ -318,7 +319,7 @@ def _file_problems(folder: Path, manifest: dict[str, Any], *, whole: bool) -> It
             kind = "truncated" if path.stat().st_size < size else "longer"
             yield f"{path} has {path.stat().st_size} bytes, the manifest says {size}: it is {kind}"
         elif whole or name in manifest["sha256"] or (name.startswith("backbone/") and size <= _SMALL):
-            if (found := file_sha256(path)) != hashes[name]:
+            if (found := hash_file(path)) != hashes[name]:
                 yield f"{path} has SHA-256 {found}, the manifest says {hashes[name]}: it was altered"
     for path in [*_files(folder / "tables"), *_files(folder / "backbone")]:
         if path.relative_to(folder).as_posix() not in manifest["bytes"]:

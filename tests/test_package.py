@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engram.builders.backbone import BackboneError, BackboneRef, file_sha256
+from engram.builders.backbone import BackboneError, BackboneRef
 from engram.builders.checkpoint import CheckpointError, save_checkpoint
+from engram.builders.fetch import hash_file
 from engram.builders.layout import Layout
 from engram.kernels.codecs import CODECS, Floats
 from engram.quantize.package import ExportConfig, PackageError, export_package, open_package, verify_package
@@ -75,7 +76,7 @@ def every_row(folder: Path) -> dict[int, Floats]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): hash_file(path) for path in folder.rglob("*") if path.is_file()}
 
 
 # What is written

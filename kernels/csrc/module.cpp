@@ -1,0 +1,14 @@
+// The extension engram.kernels._C; kernels/_C.pyi says what it holds.
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+void bind_rows(nb::module_& m);   // bind_rows.cpp: gather, decode, copy, instruction sets
+void bind_pages(nb::module_& m);  // bind_pages.cpp: rows of files
+void bind_ops(nb::module_& m);    // bind_ops.cpp: hash, scatter-add, checksums, gate step
+
+NB_MODULE(_C, m) {
+    bind_rows(m);
+    bind_pages(m);
+    bind_ops(m);
+}

@@ -1,0 +1,24 @@
+// Row codecs in C++: decode rows that lie at given addresses. The layouts are those of kernels/codecs.py.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace engram {
+
+// The numbers are Codec.code in kernels/codecs.py.
+enum Codec : int { F32 = 0, BF16, INT8_ROW, INT8, NF4, FP8_E8M0, Q8_0, Q4_0, IQ4_NL, CODEC_COUNT };
+
+// Bytes of one row, or -1 for a width that the codec cannot hold.
+int64_t row_bytes(int codec, int64_t width);
+
+// Decode n rows; row i lies at rows[i]. `out` takes n * width values, fp32 or (rounded to nearest even) bf16.
+// Rows further on are prefetched. One thread; the caller splits the work.
+void decode_rows(int codec, int64_t width, const uint8_t* const* rows, int64_t n, void* out, bool bf16);
+
+// Copy the bytes of n rows as they are.
+void copy_rows(int64_t bytes, const uint8_t* const* rows, int64_t n, uint8_t* out);
+
+// CRC-32 as zlib computes it (polynomial 0xEDB88320, start and end inverted).
+uint32_t crc32(const uint8_t* bytes, size_t count);
+
+}  // namespace engram

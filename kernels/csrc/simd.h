@@ -19,7 +19,10 @@ constexpr uint32_t QUIET_NAN = 0x7FC00000u;
 inline float bits_to_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
 inline uint32_t float_to_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
 
-// One value, for the ends of rows and for processors without vectors.
+// Stores of bf16 round to nearest, ties to even. ANY_NAN keeps the upper bits of every NaN and makes it quiet; without
+// it only QUIET_NAN may come, which rounding leaves alone.
+
+// One value, for the ends of rows.
 inline uint16_t bf16_of(float f) {
     const uint32_t bits = float_to_bits(f);
     if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return uint16_t(bits >> 16) | 0x40;
@@ -44,14 +47,25 @@ inline V load_bf16(const uint8_t* p) {
     const __m256i half = _mm256_loadu_si256((const __m256i*)p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
-inline void store(float* o, V v) { _mm512_storeu_ps(o, v); }
-inline void store(uint16_t* o, V v) {
+template <bool ANY_NAN = false> inline void store(float* o, V v) { _mm512_storeu_ps(o, v); }
+template <bool ANY_NAN = false> inline void store(uint16_t* o, V v) {
     const __m512i u = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    r = _mm512_mask_or_epi32(r, nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+    if (ANY_NAN) {
+        const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        r = _mm512_mask_or_epi32(r, nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+    }
     _mm256_storeu_si256((__m256i*)o, _mm512_cvtepi32_epi16(r));
+}
+inline void store_two(uint16_t* o, V a, V b) {
+    const __m512i ua = _mm512_castps_si512(a), ub = _mm512_castps_si512(b), one = _mm512_set1_epi32(1);
+    const __m512i half = _mm512_set1_epi32(0x7FFF);
+    const __m512i ra = _mm512_add_epi32(_mm512_add_epi32(ua, half), _mm512_and_si512(_mm512_srli_epi32(ua, 16), one));
+    const __m512i rb = _mm512_add_epi32(_mm512_add_epi32(ub, half), _mm512_and_si512(_mm512_srli_epi32(ub, 16), one));
+    const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                           23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    _mm512_storeu_si512(o, _mm512_permutex2var_epi16(ra, upper, rb));
 }
 template <int j> inline V signed_part(B16 b) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b)); }
 inline Book load_book(const float* entries) { return {_mm512_loadu_ps(entries)}; }
@@ -80,13 +94,14 @@ inline V load_f32(const uint8_t* p) { return _mm256_loadu_ps((const float*)p); }
 inline V load_bf16(const uint8_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
-inline void store(float* o, V v) { _mm256_storeu_ps(o, v); }
-inline void store(uint16_t* o, V v) {
+template <bool ANY_NAN = false> inline void store(float* o, V v) { _mm256_storeu_ps(o, v); }
+template <bool ANY_NAN = false> inline void store(uint16_t* o, V v) {
     const __m256i u = _mm256_castps_si256(v), upper = _mm256_srli_epi32(u, 16);
     const __m256i odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
     const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
     const __m256i quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
-    const __m256i kept = _mm256_blendv_epi8(r, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i kept = ANY_NAN ? _mm256_blendv_epi8(r, quiet, nan) : r;
     _mm_storeu_si128((__m128i*)o, _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1)));
 }
 template <int j> inline __m128i eighth(B16 b) { return j ? _mm_srli_si128(b, 8) : b; }
@@ -122,13 +137,13 @@ inline V load_bf16(const uint8_t* p) {
 inline __m128i choose(__m128i mask, __m128i yes, __m128i no) {
     return _mm_or_si128(_mm_and_si128(mask, yes), _mm_andnot_si128(mask, no));
 }
-inline void store(float* o, V v) { _mm_storeu_ps(o, v); }
-inline void store(uint16_t* o, V v) {
+template <bool ANY_NAN = false> inline void store(float* o, V v) { _mm_storeu_ps(o, v); }
+template <bool ANY_NAN = false> inline void store(uint16_t* o, V v) {
     const __m128i u = _mm_castps_si128(v), upper = _mm_srli_epi32(u, 16);
     const __m128i odd = _mm_and_si128(upper, _mm_set1_epi32(1));
     const __m128i r = _mm_srli_epi32(_mm_add_epi32(u, _mm_add_epi32(odd, _mm_set1_epi32(0x7FFF))), 16);
     const __m128i nan = _mm_castps_si128(_mm_cmpunord_ps(v, v));
-    const __m128i kept = choose(nan, _mm_or_si128(upper, _mm_set1_epi32(0x40)), r);
+    const __m128i kept = ANY_NAN ? choose(nan, _mm_or_si128(upper, _mm_set1_epi32(0x40)), r) : r;
     const __m128i narrow = _mm_srai_epi32(_mm_slli_epi32(kept, 16), 16);  // so that signed saturation keeps the bits
     _mm_storel_epi64((__m128i*)o, _mm_packs_epi32(narrow, narrow));
 }
@@ -166,12 +181,13 @@ inline V set1(float x) { return vdupq_n_f32(x); }
 inline V mul(V a, V b) { return vmulq_f32(a, b); }
 inline V load_f32(const uint8_t* p) { return vreinterpretq_f32_u8(vld1q_u8(p)); }
 inline V load_bf16(const uint8_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(p)), 16)); }
-inline void store(float* o, V v) { vst1q_f32(o, v); }
-inline void store(uint16_t* o, V v) {
+template <bool ANY_NAN = false> inline void store(float* o, V v) { vst1q_f32(o, v); }
+template <bool ANY_NAN = false> inline void store(uint16_t* o, V v) {
     const uint32x4_t u = vreinterpretq_u32_f32(v), upper = vshrq_n_u32(u, 16);
     const uint32x4_t odd = vandq_u32(upper, vdupq_n_u32(1));
     const uint32x4_t r = vshrq_n_u32(vaddq_u32(u, vaddq_u32(odd, vdupq_n_u32(0x7FFF))), 16);
-    vst1_u16(o, vmovn_u32(vbslq_u32(vceqq_f32(v, v), r, vorrq_u32(upper, vdupq_n_u32(0x40)))));
+    const uint32x4_t quiet = vorrq_u32(upper, vdupq_n_u32(0x40));
+    vst1_u16(o, vmovn_u32(ANY_NAN ? vbslq_u32(vceqq_f32(v, v), r, quiet) : r));
 }
 template <int j> inline V signed_part(B16 b) {
     const int8x16_t s = vreinterpretq_s8_u8(b);
@@ -216,10 +232,27 @@ inline B16 high_nibbles(B16 b) { return _mm_and_si128(_mm_srli_epi16(b, 4), _mm_
 inline float half_scale(const uint8_t* p) {
     uint16_t h;
     memcpy(&h, p, 2);
+#if defined(__F16C__)
+    if (__builtin_expect((h & 0x7C00u) == 0x7C00u, 0)) return bits_to_float(QUIET_NAN);
+    return _cvtsh_ss(h);
+#endif
     const uint32_t e = (h >> 10) & 31u, m = h & 0x3FFu, sign = uint32_t(h & 0x8000u) << 16;
     if (e == 31) return bits_to_float(QUIET_NAN);
     if (e == 0) return bits_to_float(float_to_bits(float(m) * (1.0f / (1 << 24))) | sign);
     return bits_to_float(sign | ((e + 112u) << 23) | (m << 13));
+}
+// `count` of them, in order.
+inline void half_scales(const uint8_t* p, int64_t count, float* out) {
+    int64_t i = 0;
+#if defined(__F16C__) && defined(__AVX2__)
+    for (; i + 8 <= count; i += 8) {
+        const __m128i h = _mm_loadu_si128((const __m128i*)(p + 2 * i)), top = _mm_set1_epi16(0x7C00);
+        const __m256i damaged = _mm256_cvtepi16_epi32(_mm_cmpeq_epi16(_mm_and_si128(h, top), top));
+        const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(QUIET_NAN));
+        _mm256_storeu_ps(out + i, _mm256_blendv_ps(_mm256_cvtph_ps(h), nan, _mm256_castsi256_ps(damaged)));
+    }
+#endif
+    for (; i < count; ++i) out[i] = half_scale(p + 2 * i);
 }
 inline float single_scale(const uint8_t* p) {
     uint32_t bits;

@@ -13,6 +13,13 @@ constexpr int STAGED = 8;   // rows copied to the first-level cache before they 
 inline void put(float* o, float x) { *o = x; }
 inline void put(uint16_t* o, float x) { *o = bf16_of(x); }
 
+// Two vectors of bf16 leave in one store where a vector of both has the full width.
+template <class T> constexpr bool PAIRS = W == 16 && sizeof(T) == 2;
+#if !defined(__AVX512F__)
+inline void store_two(float*, V, V) {}  // never called: PAIRS is false
+inline void store_two(uint16_t*, V, V) {}
+#endif
+
 // Run f<0>, f<1>, … for the W-lane parts of 16 bytes.
 template <class F> inline void each_part(F f) {
     f.template operator()<0>();
@@ -35,12 +42,18 @@ template <class T> struct BookPut {
 template <class T> inline void signed_values(const uint8_t* p, int64_t n, float scale, T* o) {
     const V s = set1(scale);
     int64_t i = 0;
+    if constexpr (PAIRS<T>)
+        for (; i + 32 <= n; i += 32)
+            store_two(o + i, mul(signed_part<0>(load16(p + i)), s), mul(signed_part<0>(load16(p + i + 16)), s));
     for (; i + 16 <= n; i += 16) each_part(SignedPut<T>{load16(p + i), s, o + i});
     for (; i < n; ++i) put(o + i, float(int8_t(p[i])) * scale);
 }
 template <class T> inline void e4m3_values(const uint8_t* p, int64_t n, float scale, T* o) {
     const V s = set1(scale);
     int64_t i = 0;
+    if constexpr (PAIRS<T>)
+        for (; i + 32 <= n; i += 32)
+            store_two(o + i, mul(e4m3_part<0>(load16(p + i)), s), mul(e4m3_part<0>(load16(p + i + 16)), s));
     for (; i + 16 <= n; i += 16) each_part(FloatPut<T>{load16(p + i), s, o + i});
     for (; i < n; ++i) put(o + i, e4m3_of(p[i]) * scale);
 }
@@ -50,6 +63,10 @@ template <class T> inline void book_values(const Book& book, const float* entrie
     if (n == GROUP) {
         const V s = set1(scale);
         const B16 b = load16(p);
+        if constexpr (PAIRS<T>) {
+            store_two(o, mul(book_part<0>(book, low_nibbles(b)), s), mul(book_part<0>(book, high_nibbles(b)), s));
+            return;
+        }
         each_part(BookPut<T>{book, low_nibbles(b), s, o});
         each_part(BookPut<T>{book, high_nibbles(b), s, o + 16});
         return;
@@ -71,7 +88,7 @@ struct Float32 {
     static constexpr bool staged = false;
     template <class T> static void row(const uint8_t* p, int64_t D, T* o) {
         int64_t i = 0;
-        for (; i + W <= D; i += W) store(o + i, load_f32(p + 4 * i));
+        for (; i + W <= D; i += W) store<true>(o + i, load_f32(p + 4 * i));
         for (; i < D; ++i) { uint32_t bits; memcpy(&bits, p + 4 * i, 4); put(o + i, bits_to_float(bits)); }
     }
     static void row(const uint8_t* p, int64_t D, float* o) { memcpy(o, p, 4 * size_t(D)); }
@@ -80,7 +97,7 @@ struct BFloat16 {
     static constexpr bool staged = false;
     template <class T> static void row(const uint8_t* p, int64_t D, T* o) {
         int64_t i = 0;
-        for (; i + W <= D; i += W) store(o + i, load_bf16(p + 2 * i));
+        for (; i + W <= D; i += W) store<true>(o + i, load_bf16(p + 2 * i));
         for (; i < D; ++i) { uint16_t h; memcpy(&h, p + 2 * i, 2); put(o + i, bits_to_float(uint32_t(h) << 16)); }
     }
 };
@@ -88,20 +105,33 @@ struct Int8Row {
     static constexpr bool staged = false;
     template <class T> static void row(const uint8_t* p, int64_t D, T* o) { signed_values(p, D, single_scale(p + D), o); }
 };
+// Rows with their half-precision scales at the end: the scales of a run of groups are converted together.
+constexpr int64_t RUN = 8 * GROUP;
+
 struct Int8 {
-    static constexpr bool staged = false;
+    static constexpr bool staged = true;
     template <class T> static void row(const uint8_t* p, int64_t D, T* o) {
-        for (int64_t g = 0; g < D; g += GROUP)
-            signed_values(p + g, D - g < GROUP ? D - g : GROUP, half_scale(p + D + g / GROUP * 2), o + g);
+        float scale[RUN / GROUP];
+        for (int64_t begin = 0; begin < D; begin += RUN) {
+            const int64_t n = D - begin < RUN ? D - begin : RUN;
+            half_scales(p + D + begin / GROUP * 2, (n + GROUP - 1) / GROUP, scale);
+            for (int64_t g = 0; g < n; g += GROUP)
+                signed_values(p + begin + g, n - g < GROUP ? n - g : GROUP, scale[g / GROUP], o + begin + g);
+        }
     }
 };
 struct Nf4 {
     static constexpr bool staged = true;
     template <class T> static void row(const uint8_t* p, int64_t D, T* o) {
         const Book book = load_book(NF4_BOOK);
-        for (int64_t g = 0; g < D; g += GROUP)
-            book_values(book, NF4_BOOK, p + g / 2, D - g < GROUP ? D - g : GROUP, half_scale(p + D / 2 + g / GROUP * 2),
-                        o + g);
+        float scale[RUN / GROUP];
+        for (int64_t begin = 0; begin < D; begin += RUN) {
+            const int64_t n = D - begin < RUN ? D - begin : RUN;
+            half_scales(p + D / 2 + begin / GROUP * 2, (n + GROUP - 1) / GROUP, scale);
+            for (int64_t g = 0; g < n; g += GROUP)
+                book_values(book, NF4_BOOK, p + (begin + g) / 2, n - g < GROUP ? n - g : GROUP, scale[g / GROUP],
+                            o + begin + g);
+        }
     }
 };
 struct Fp8E8m0 {

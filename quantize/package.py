@@ -30,7 +30,7 @@ from engram.quantize.mapped import MappedTable
 from engram.quantize.row_store import RowWriter, TableFile, write_table
 
 FORMAT = "engram-package"
-VERSION = 1
+VERSION = 2
 TOKEN_MAP = "token_map.safetensors"
 _FIELDS = {
     "format",
@@ -286,7 +286,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("version") != VERSION:
         raise PackageError(
             f"{path} has version {manifest.get('version')!r}, this release reads {VERSION}",
-            hint="use the release of engram that wrote it, or export again",
+            hint="quantize and export again from the float checkpoint, or use the release of engram that wrote it",
         )
     seals = _SEAL.findall(data)
     if len(seals) != 1 or hashlib.sha256(data.replace(seals[0], _UNSEALED)).hexdigest() != seals[0].decode():

@@ -1,7 +1,9 @@
 """The C++ extension; arguments are NumPy arrays, positions as in kernels/cpu.py and quantize/mapped.py."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 def gather(codec: int, table: NDArray[Any], rows: NDArray[Any], out: NDArray[Any], width: int, threads: int) -> int: ...
@@ -11,3 +13,49 @@ def available_isas() -> list[str]: ...
 def active_isa() -> str: ...
 def use_isa(name: str) -> bool: ...
 def available_threads() -> int: ...
+
+PAGE_WAYS: tuple[str, ...]
+
+class PageTicket:
+    """Rows that were asked for."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to wait for."""
+
+class PageReader:
+    """Rows of files; quantize/page_reader.py says what each call does, in its protocol of the same name."""
+
+    def ask(self, rows: NDArray[np.int64]) -> PageTicket | int: ...
+    def take(
+        self,
+        ticket: PageTicket,
+        out: NDArray[np.float32] | NDArray[np.uint16],
+        codec: int,
+        width: int,
+        threads: int,
+        begin: int,
+        end: int,
+        /,
+    ) -> tuple[str, int, int] | None: ...
+    def copy(
+        self, ticket: PageTicket, out: NDArray[np.uint8], threads: int, begin: int, end: int, /
+    ) -> tuple[str, int, int] | None: ...
+    def pieces(self, ticket: PageTicket, folios: int, /) -> list[int]: ...
+    def trim(self) -> None: ...
+    def set_bounded(self, bounded: bool, /) -> None: ...
+    def mark_verified(self) -> None: ...
+    @property
+    def blocks_asked(self) -> int: ...
+
+def open_pages(
+    way: str,
+    files: Sequence[tuple[int, int]],
+    runs: Sequence[tuple[int, int, int, int]],
+    parts: Sequence[Sequence[tuple[int, int, int, int, int, int, int]]],
+    rows: int,
+    sums: tuple[int, int, int],
+    verify: bool,
+    /,
+) -> PageReader:
+    """A reader that goes this way; RuntimeError where the system cannot, ValueError where this build does not."""

@@ -1,60 +1,64 @@
-"""Rows of a table file through a memory map: checked at open, verified page by page, resident within a budget.
+"""Rows of a table file: checked at open, verified page by page, resident within a budget.
 
-Shape letters: N rows asked for, K bytes a row, P pages, R rows a page.
+Shape letters: N rows asked for, D width, K bytes a row, P pages, R rows a page.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import mmap
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from engram.kernels.codecs import Bytes
+from engram.kernels.codecs import Bytes, Codec
+from engram.quantize.page_reader import (
+    FOLIO,
+    File,
+    Ints,
+    PageReader,
+    Places,
+    Run,
+    Segment,
+    Sums,
+    Values,
+    open_reader,
+)
 from engram.quantize.row_store import PAGE, Geometry, RowStoreError, read_geometry
 
-Ints = NDArray[np.int64]
-
 VERIFY = ("first-touch", "open", "off")
-FOLIO = 1 << 21  # one fault may map a whole large folio of the page cache, up to 2 MiB on Linux (measured: it does)
 _READ_PAGES = 256
-_VERIFIED, _ASKED = np.uint8(1), np.uint8(2)
 
 
 class Budget:
     """A bound on the bytes of table files that the process keeps mapped in, shared by the tables that it adopts.
 
-    Before each gather the rows are cut into pieces that can map in at most half of the bound; after each piece the
-    process's resident file pages are read from the kernel, and once they grew by more than the other half, the mappings
-    are emptied (MADV_DONTNEED; the page cache keeps what it likes). Memory is thus held to the bound, or to one folio
-    a table where the bound is smaller than that.
+    Rows are taken in pieces that can map in at most half of the bound; after each piece the process's resident file
+    pages are read from the kernel, and once they grew by more than the other half, the mappings are emptied
+    (MADV_DONTNEED; the page cache keeps what it likes). Memory is thus held to the bound, or to one folio a table where
+    the bound is smaller than that.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit = limit_bytes
         self.trims = 0
-        self._tables: list[MappedTable] = []
+        self._tables: list[RowTable] = []
         self._base = _resident_file_bytes()
 
-    def adopt(self, table: MappedTable) -> None:
+    @property
+    def folios(self) -> int:
+        """Stretches of 2 MiB that a piece may touch."""
+        return max(1, self.limit // FOLIO // 2)
+
+    def adopt(self, table: RowTable) -> None:
         """Let this budget bound the table's mapping."""
         self._tables.append(table)
-        table.budget = self
-
-    def pieces(self, pages: Ints) -> Iterator[slice]:
-        """Cut a gather that touches these pages, in order, so that no piece can map in more than half of the bound."""
-        folios = pages // (FOLIO // PAGE)
-        turns = np.cumsum(np.diff(folios, prepend=folios[:1]) != 0) // max(1, self.limit // FOLIO // 2)
-        edges = [0, *(np.flatnonzero(np.diff(turns)) + 1).tolist(), len(pages)]
-        return (slice(begin, end) for begin, end in zip(edges[:-1], edges[1:], strict=True))
+        table.set_budget(self)
 
     def settle(self) -> None:
         """Empty the mappings if they have grown beyond their half, or if the kernel does not tell."""
@@ -76,36 +80,223 @@ def _resident_file_bytes() -> int:
         return 0
 
 
-class MappedTable:
-    """One table file, mapped. Threads may share it: all that calls change are marks whose loss costs time only.
+class RowTable:
+    """Rows of one table, wherever they lie. Threads may share it.
 
-    `verify` says when a page's checksum is compared: "first-touch" (before a row of it is first used), "open" (all of
-    them in `open`) or "off". A file that changes while it is mapped is noticed by its size and modification time before
-    each gather: truncated, it is refused; otherwise its pages count as unverified again. What remains is a file that
-    is truncated in the microseconds between that check and the copy: then the kernel stops the process (SIGBUS).
+    `verify` says when the checksum of a page is compared: "first-touch" (before a row of it is first used), "open" (all
+    of them in `open`) or "off". `io` names the way in which pages are read, `why` says why that one.
+
+    A file that changes while it is open is noticed by its size and times after each copy, before anybody sees the rows:
+    one of another size is refused, the pages of one that was written to are compared again. A file truncated in the
+    middle of a copy is a RowStoreError too (only the numpy way cannot promise that).
     """
 
-    def __init__(self, path: Path, handle: int, geometry: Geometry, verify: str) -> None:
-        self.path, self.geometry, self.verify = path, geometry, verify
-        self.codec, self.rows, self.width, self.layer = geometry.codec, geometry.rows, geometry.width, geometry.layer
-        self.row_bytes, self.rows_per_page, self.pages = geometry.row_bytes, geometry.rows_per_page, geometry.pages
+    what = "table file"
+
+    def __init__(
+        self, path: Path, handles: Sequence[int], places: Places, *, codec: Codec, rows: int, width: int, layer: int,
+        verify: str, io: str,
+    ) -> None:  # fmt: skip
+        self.path, self.verify = path, verify
+        self.codec, self.rows, self.width, self.layer = codec, rows, width, layer
+        self.row_bytes = codec.row_bytes(width)
         self.budget: Budget | None = None
-        self._handle, self._bytes, self._begin = handle, geometry.file_bytes, len(geometry.header)
-        self._stamp = os.fstat(handle).st_mtime_ns
-        self._map = mmap.mmap(handle, self._bytes, access=mmap.ACCESS_READ)
-        for advice in ("MADV_RANDOM", "MADV_NOHUGEPAGE"):  # no read-ahead around a row, no huge mappings
-            if hasattr(mmap, advice):
-                try:
-                    self._map.madvise(getattr(mmap, advice))
-                except OSError:
-                    pass  # a kernel built without huge pages knows no advice about them
-        self._sums = np.frombuffer(self._map, "<u4", self.pages, self._begin + self.pages * PAGE)
-        self._page_bytes = np.frombuffer(self._map, np.uint8, self.pages * PAGE, self._begin).reshape(-1, PAGE)
-        # Every place where a row can begin, as one item: overlapping items of K bytes, `unit` bytes apart.
-        self._unit = math.gcd(PAGE, self.row_bytes)
-        places = (self.pages * PAGE - self.row_bytes) // self._unit + 1
-        self._items = np.ndarray((places,), f"V{self.row_bytes}", self._page_bytes.data, strides=(self._unit,))
-        self._marks = np.zeros(self.pages, dtype=np.uint8)
+        self._code = codec.code
+        self._handles, self._places = list(handles), places
+        self._reader: PageReader
+        self._reader, self.io, self.why = open_reader(places, codec, verify=verify != "off", io=io)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that rows are read from."""
+        return [self.path]
+
+    @property
+    def pages_read(self) -> int:
+        """Pages of 4096 bytes that the device was asked for."""
+        return self._reader.blocks_asked
+
+    def ask(self, rows: Ints) -> Any:
+        """Want rows, int64 of any shape; returns a ticket at once, while the device is asked in the background.
+
+        Raises RowStoreError for an id outside the table; then nothing is asked for.
+        """
+        try:
+            ticket = self._reader.ask(rows)
+        except (TypeError, ValueError, BufferError):
+            rows = np.ascontiguousarray(rows, dtype=np.int64)
+            ticket = self._reader.ask(rows)
+        if type(ticket) is int:
+            self._refuse_row(int(rows.ravel()[ticket]))
+        return ticket
+
+    def take(self, ticket: Any, out: Values, *, threads: int = 1) -> Values:
+        """Wait for rows that were asked for and decode them into `out`: N * D values, float32 or uint16 (bf16 bits).
+
+        A ticket may be taken from any number of times. Raises RowStoreError where a page does not match its checksum or
+        a file was truncated, and for an `out` of another size or kind; what `out` holds is then undefined.
+        """
+        try:
+            if self.budget is None:
+                wrong = self._reader.take(ticket, out, self._code, self.width, threads, 0, -1)
+            else:
+                for begin, end in self._pieces(ticket, self.budget):
+                    wrong = self._reader.take(ticket, out, self._code, self.width, threads, begin, end)
+                    self.budget.settle()
+                    if wrong is not None:
+                        break
+                else:
+                    wrong = None
+        except (TypeError, ValueError, BufferError) as error:
+            raise self._misused(error) from None
+        if wrong is not None:
+            self._refuse(wrong)
+        return out
+
+    def decode(self, rows: Ints, out: Values, *, threads: int = 1) -> Values:
+        """`take` of `ask`."""
+        return self.take(self.ask(rows), out, threads=threads)
+
+    def gather(self, rows: Ints, out: Bytes | None = None, *, threads: int = 1) -> Bytes:
+        """Encoded rows by id, int64 [N] to uint8 [N, K], written into `out` where given. Raises as `take` does."""
+        if out is None:
+            out = np.empty((len(rows), self.row_bytes), dtype=np.uint8)
+        ticket = self.ask(rows)
+        try:
+            for begin, end in [(0, -1)] if self.budget is None else self._pieces(ticket, self.budget):
+                wrong = self._reader.copy(ticket, out, threads, begin, end)
+                if self.budget is not None:
+                    self.budget.settle()
+                if wrong is not None:
+                    self._refuse(wrong)
+        except (TypeError, ValueError, BufferError) as error:
+            raise self._misused(error) from None
+        return out
+
+    def _pieces(self, ticket: Any, budget: Budget) -> Iterator[tuple[int, int]]:
+        edges = self._reader.pieces(ticket, budget.folios)
+        return zip(edges[:-1], edges[1:], strict=True)
+
+    def check_ids(self, lowest: int, highest: int) -> None:
+        """Refuse row ids outside the table."""
+        if lowest < 0 or highest >= self.rows:
+            self._refuse_row(lowest if lowest < 0 else highest)
+
+    def _refuse_row(self, row: int) -> NoReturn:
+        raise RowStoreError(
+            f"row {row} is outside the table of layer {self.layer} in {self.path}, which has {self.rows} rows",
+            hint="the rows were hashed with another layout than the table's",
+        )
+
+    def _misused(self, error: Exception) -> RowStoreError:
+        return RowStoreError(f"rows of {self.what} {self.path} cannot be handed over: {error}")
+
+    def _refuse(self, wrong: tuple[str, int, int]) -> NoReturn:
+        """Put an outcome of the reader into words."""
+        kind, file, number = wrong
+        path = self.paths[file] if 0 <= file < len(self.paths) else self.path
+        name = f"{self.what} {path} (layer {self.layer})"
+        if kind == "damaged":
+            self._refuse_block(number)
+        if kind == "resized":
+            raise RowStoreError(
+                f"{name} has {number} bytes, it had {self._places.files[file].bytes} when it was opened",
+                hint="it was changed while in use: restore it and start again",
+            )
+        if kind == "unsteady":
+            raise RowStoreError(f"{name} is being written to", hint="restore it and start again")
+        why = os.strerror(number) if kind == "unreadable" else "it was truncated, or its device failed"
+        raise RowStoreError(f"{name} cannot be read while in use: {why}", hint="restore it and start again")
+
+    def _refuse_block(self, number: int) -> NoReturn:
+        """The block with this checksum does not match it."""
+        raise NotImplementedError
+
+    def blocks(self) -> Iterator[tuple[int, Bytes]]:
+        """(first row, encoded rows [n, K]) of the whole table in order, read beside the mapping; always verified."""
+        raise NotImplementedError
+
+    def verify_all(self) -> None:
+        """Compare every checksum now; what is later read again is compared again only where the file changed."""
+        for _ in self.blocks():
+            pass
+        self._reader.mark_verified()
+
+    def _read(self, file: int, count: int, offset: int) -> bytes:
+        """Bytes of a file, read beside the mapping."""
+        try:
+            data = os.pread(self._handles[file], count, offset)
+        except OSError as error:
+            self._refuse(("unreadable", file, error.errno or 0))
+        if len(data) != count:
+            size = os.fstat(self._handles[file]).st_size
+            self._refuse(("resized", file, size) if size != self._places.files[file].bytes else ("unsteady", file, 0))
+        return data
+
+    def set_budget(self, budget: Budget | None) -> None:
+        """Bound the memory through which this process sees the files."""
+        self.budget = budget
+        self._reader.set_bounded(budget is not None)
+
+    def trim(self) -> None:
+        """Give back the memory through which this process sees the files."""
+        self._reader.trim()
+
+    def close(self) -> None:
+        """Close the files; the table cannot be used afterwards. What a ticket still needs lives as long as it does."""
+        self._reader = _Closed(self)
+        while self._handles:
+            os.close(self._handles.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Closed:
+    """Stands for the reader of a closed table: whatever it is asked is an error, but to let go of memory."""
+
+    def __init__(self, table: RowTable) -> None:
+        self._what = f"{table.what} {table.path} (layer {table.layer}) is closed"
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise RowStoreError(self._what)
+
+    ask = take = copy = pieces = mark_verified = _refuse
+
+    def trim(self) -> None:
+        pass
+
+    def set_bounded(self, bounded: bool) -> None:
+        pass
+
+    @property
+    def blocks_asked(self) -> int:
+        self._refuse()
+
+
+class MappedTable(RowTable):
+    """One table file (FORMAT.md section 1): packed pages, one checksum a page."""
+
+    def __init__(self, path: Path, handle: int, geometry: Geometry, verify: str, io: str) -> None:
+        self.geometry = geometry
+        self.rows_per_page, self.pages = geometry.rows_per_page, geometry.pages
+        self._begin = len(geometry.header)
+        places = Places(
+            files=[File(handle, geometry.file_bytes)],
+            runs=[Run(0, self._begin // PAGE, self.pages, 0)],
+            parts=[[Segment(0, geometry.rows, 0, self._begin, PAGE, self.rows_per_page, geometry.row_bytes)]],
+            rows=geometry.rows,
+            sums=Sums(0, self._begin + self.pages * PAGE, self.pages),
+        )
+        super().__init__(
+            path, [handle], places, codec=geometry.codec, rows=geometry.rows, width=geometry.width,
+            layer=geometry.layer, verify=verify, io=io,
+        )  # fmt: skip
 
     @classmethod
     def open(
@@ -117,10 +308,12 @@ class MappedTable:
         width: int | None = None,
         layer: int | None = None,
         verify: str = "first-touch",
+        io: str = "auto",
     ) -> MappedTable:
-        """Map a table file after checking its header and size, and that it is the table expected (where given).
+        """Open a table file after checking its header and size, and that it is the table expected (where given).
 
-        Raises RowStoreError for a file that is missing, unreadable, damaged, of another version, or another table.
+        Raises RowStoreError for a file that is missing, unreadable, damaged, of another version, or another table, and
+        for an `io` that this system cannot do.
         """
         if verify not in VERIFY:
             raise RowStoreError(f"verify {verify!r} is not known", hint="use one of: " + ", ".join(VERIFY))
@@ -130,122 +323,37 @@ class MappedTable:
             raise RowStoreError(f"table file {path} cannot be opened: {wrong.strerror}") from None
         try:
             geometry = read_geometry(handle, path)
-            found = {
-                "codec": geometry.codec.name, "rows": geometry.rows, "width": geometry.width, "layer": geometry.layer
-            }  # fmt: skip
-            for name, value in {"codec": codec, "rows": rows, "width": width, "layer": layer}.items():
-                if value is not None and value != found[name]:
-                    raise RowStoreError(
-                        f"table file {path} has {name} {found[name]!r}, expected {value!r}",
-                        hint="it belongs to another layer or another package",
-                    )
-            table = cls(path, handle, geometry, verify)
+            check_expected(path, geometry, codec=codec, rows=rows, width=width, layer=layer)
+            table = cls(path, handle, geometry, verify, io)
         except BaseException:
             os.close(handle)
             raise
         if verify == "open":
             try:
-                for _ in table.blocks():
-                    pass
+                table.verify_all()
             except BaseException:
                 table.close()
                 raise
-            table._marks |= _VERIFIED
         return table
 
-    def gather(self, rows: Ints, out: Bytes | None = None) -> Bytes:
-        """Encoded rows by id, int64 [N] to uint8 [N, K], written into `out` where given.
-
-        Raises RowStoreError for an id outside the table, a page whose checksum does not match its bytes, and a file
-        that was truncated; `out` is then undefined.
-        """
-        rows = np.ascontiguousarray(rows, dtype=np.int64)
-        if out is None:
-            out = np.empty((len(rows), self.row_bytes), dtype=np.uint8)
-        if not len(rows):
-            return out
-        self.check_ids(int(rows.min()), int(rows.max()))
-        pages = rows // self.rows_per_page
-        starts = (pages * PAGE + (rows - pages * self.rows_per_page) * self.row_bytes) // self._unit
-        target = out.view(f"V{self.row_bytes}")[:, 0]
-        for piece in (slice(None),) if self.budget is None else self.budget.pieces(pages):
-            self._check_file()
-            if self.verify != "off":
-                self._verify(pages[piece])
-            target[piece] = self._items[starts[piece]]
-            if self.budget is not None:
-                self.budget.settle()
-        return out
-
-    def check_ids(self, lowest: int, highest: int) -> None:
-        """Refuse row ids outside the table."""
-        if lowest < 0 or highest >= self.rows:
-            raise RowStoreError(
-                f"row {lowest if lowest < 0 else highest} is outside the table of layer {self.layer} in {self.path}, "
-                f"which has {self.rows} rows",
-                hint="the rows were hashed with another layout than the table's",
-            )
-
-    def _check_file(self) -> None:
-        """Refuse a file that shrank under the mapping; distrust the pages of one that was written to."""
-        now = os.fstat(self._handle)
-        if now.st_size != self._bytes:
-            raise RowStoreError(
-                f"table file {self.path} (layer {self.layer}) has {now.st_size} bytes, "
-                f"it had {self._bytes} when it was opened",
-                hint="it was changed while in use: restore it and start again",
-            )
-        if now.st_mtime_ns != self._stamp:
-            self._stamp = now.st_mtime_ns
-            self._marks &= ~_VERIFIED
-
-    def _verify(self, pages: Ints) -> None:
-        """Compare the checksums of those of the pages that were not compared yet."""
-        fresh = pages[self._marks[pages] & _VERIFIED == 0]
-        if fresh.size:
-            for page in np.unique(fresh).tolist():
-                self._compare(page, zlib.crc32(self._page_bytes[page].data))
-                self._marks[page] |= _VERIFIED
-
-    def _compare(self, page: int, crc32: int) -> None:
-        if crc32 != int(self._sums[page]):
-            begin, end = self.geometry.page_rows(page)
-            raise RowStoreError(
-                f"table file {self.path} (layer {self.layer}) is damaged: page {page}, rows {begin} to {end - 1}, "
-                "does not match its checksum",
-                hint="copy the file again, or export the package again",
-            )
-
-    def claim(self, pages: Ints) -> Ints:
-        """Those of the pages (ascending) that nobody asked for yet; they count as asked for from now on."""
-        fresh: Ints = pages[self._marks[pages] & _ASKED == 0]
-        self._marks[fresh] |= _ASKED
-        return fresh
-
-    def read_ahead(self, pages: Ints) -> None:
-        """Ask the kernel to read pages (ascending); returns once all are asked for, which may take as long as reading.
-
-        A page that the kernel dropped again costs an ordinary page fault later, never a wrong row.
-        """
-        if not pages.size or not hasattr(os, "posix_fadvise"):
-            return
-        edges = np.flatnonzero(np.diff(pages) > 1) + 1
-        for begin, end in zip(pages[np.r_[0, edges]].tolist(), pages[np.r_[edges - 1, -1]].tolist(), strict=True):
-            # The same read-ahead as madvise(WILLNEED), but Python lets other threads run while it blocks.
-            os.posix_fadvise(self._handle, self._begin + begin * PAGE, (end - begin + 1) * PAGE, os.POSIX_FADV_WILLNEED)
+    def _refuse_block(self, number: int) -> NoReturn:
+        begin, end = self.geometry.page_rows(number)
+        raise RowStoreError(
+            f"table file {self.path} (layer {self.layer}) is damaged: page {number}, rows {begin} to {end - 1}, "
+            "does not match its checksum",
+            hint="copy the file again, or export the package again",
+        )
 
     def blocks(self) -> Iterator[tuple[int, Bytes]]:
-        """(first row, encoded rows [n, K]) of the whole table in order, read beside the mapping; always verified."""
         used = self.rows_per_page * self.row_bytes
         for page in range(0, self.pages, _READ_PAGES):
             count = min(_READ_PAGES, self.pages - page)
-            data = os.pread(self._handle, count * PAGE, self._begin + page * PAGE)
-            if len(data) != count * PAGE:
-                self._check_file()
-                raise RowStoreError(f"table file {self.path} cannot be read at page {page}")
-            content = np.frombuffer(data, np.uint8).reshape(count, PAGE)
+            content = np.frombuffer(self._read(0, count * PAGE, self._begin + page * PAGE), np.uint8)
+            content = content.reshape(count, PAGE)
+            sums = np.frombuffer(self._read(0, count * 4, self._begin + self.pages * PAGE + page * 4), "<u4")
             for i in range(count):
-                self._compare(page + i, zlib.crc32(content[i].data))
+                if zlib.crc32(content[i].data) != int(sums[i]):
+                    self._refuse_block(page + i)
             begin = page * self.rows_per_page
             rows = content[:, :used].reshape(-1, self.row_bytes)
             yield begin, rows[: self.rows - begin]
@@ -253,31 +361,18 @@ class MappedTable:
     def seal(self) -> str:
         """SHA-256 of the file without its pages: header and checksums, which together pin every byte."""
         digest = hashlib.sha256(self.geometry.header)
-        for offset in range(self._begin + self.pages * PAGE, self._bytes, 1 << 20):
-            digest.update(os.pread(self._handle, min(1 << 20, self._bytes - offset), offset))
+        end = self.geometry.file_bytes
+        for offset in range(self._begin + self.pages * PAGE, end, 1 << 20):
+            digest.update(self._read(0, min(1 << 20, end - offset), offset))
         return digest.hexdigest()
 
-    def trim(self) -> None:
-        """Give back the memory through which this process sees the file."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-        self._marks &= ~_ASKED
 
-    def close(self) -> None:
-        """Unmap the file; the table cannot be used afterwards."""
-        if self._handle >= 0:
-            del self._sums, self._page_bytes, self._items
-            try:
-                self._map.close()
-            except BufferError:
-                pass  # a traceback still holds a view: the file is unmapped when that is dropped
-            os.close(self._handle)
-            self._handle = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+def check_expected(path: Path, found: Any, **expected: str | int | None) -> None:
+    """Refuse a table whose codec, rows, width or layer is not the expected one, where one is given."""
+    for name, value in expected.items():
+        is_ = found.codec.name if name == "codec" else getattr(found, name)
+        if value is not None and value != is_:
+            raise RowStoreError(
+                f"table file {path} has {name} {is_!r}, expected {value!r}",
+                hint="it belongs to another layer or another package",
+            )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from widths import fitting
 
 from engram.builders import process_memory
 from engram.kernels.codecs import CODECS, Floats
@@ -27,7 +28,7 @@ class Tables:
     layers: dict[int, MappedTable]
 
 
-def tables(folder: Path, codec: str = "int4-row", width: int = 72) -> tuple[Tables, dict[int, Floats]]:
+def tables(folder: Path, codec: str = "nf4", width: int = 72) -> tuple[Tables, dict[int, Floats]]:
     """Mapped tables, and what their rows decode to."""
     mapped, decoded = {}, {}
     for n, rows in SIZES.items():
@@ -50,12 +51,13 @@ def random_rows(shape: tuple[int, int, int], seed: int = 0) -> dict[int, Ints]:
 @pytest.mark.parametrize("codec", sorted(CODECS))
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_every_placement_gives_the_rows_side_by_side(tmp_path: Path, placement: str, codec: str) -> None:
-    package, decoded = tables(tmp_path, codec)
+    width = fitting(codec, 72)
+    package, decoded = tables(tmp_path, codec, width)
     reader = RowReader(package, placement)
     rows = random_rows((2, 37, 16))
     ticket = reader.ask(rows)
     for n in (5, 1, 5):  # any order, any number of times
-        poisoned = np.full((2, 37, 16 * 72), np.nan, dtype=np.float32)
+        poisoned = np.full((2, 37, 16 * width), np.nan, dtype=np.float32)
         assert reader.take(ticket, n, out=poisoned) is poisoned
         assert poisoned.tobytes() == decoded[n][rows[n]].tobytes()
     reader.close()

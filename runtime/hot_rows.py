@@ -25,12 +25,14 @@ from engram.builders.atomic import write_whole
 from engram.builders.fetch import cache_folder
 from engram.kernels.codecs import Bytes, Codec
 from engram.quantize.mapped import MappedTable
+from engram.quantize.row_store import PAGE
 
 Ints = NDArray[np.int64]
 
 FORMAT = "engram-hot-rows"
 VERSION = 1
 FOLDER = "hot"
+CACHED = ("mmap", "numpy", "pread")  # ways of reading a table after which its pages stay in the page cache
 _ALIGN = 64
 _FIELDS = {"format", "version", "layer", "seal", "crc32"}
 _AGAIN = "make it again with: engram warm, or remove it with: engram warm PACKAGE --drop"
@@ -65,28 +67,37 @@ class Split:
     cold_N: Ints  # all other places
 
 
-@dataclass(frozen=True)
 class HotRows:
-    """The hot rows of one table, in memory."""
+    """The hot rows of one table, in memory, and a mark for each page of the table that was asked for.
 
-    codec: Codec
-    rows_U: Ints
-    bytes_UK: Bytes
+    A mark that is wrong (pages were dropped again; threads met) costs time, never a row.
+    """
 
-    def split(self, rows_N: Ints, fresh_N: NDArray[np.bool_]) -> Split | None:
-        """Which of the rows on pages that nobody asked for yet (`fresh_N`) are kept here; None where none is.
+    def __init__(self, table: MappedTable, rows_U: Ints, bytes_UK: Bytes) -> None:
+        self.codec: Codec = table.codec
+        self.rows_U, self.bytes_UK = rows_U, bytes_UK
+        self._per_page = max(1, PAGE // table.row_bytes)
+        self._cached = table.io in CACHED
+        self._asked_P = np.zeros(table.rows // self._per_page + 1, dtype=bool)
 
-        Rows on pages that were asked for are left to the table: they are in memory already, or on their way.
+    def split(self, rows_N: Ints) -> Split | None:
+        """How to serve rows: those kept here whose page nobody asked for yet come from here; None where none does.
+
+        Rows on pages that were asked for are left to the table: they are in memory already, or on their way. Where the
+        table is read past the page cache, nothing stays in memory, and every row that is kept here is served.
         """
-        fresh = np.flatnonzero(fresh_N)
-        if not fresh.size or not self.rows_U.size:
+        pages_N = rows_N // self._per_page
+        cold = np.flatnonzero(~self._asked_P[pages_N])
+        if not cold.size:
             return None
-        wanted = rows_N[fresh]
+        wanted = rows_N[cold]
         kept = np.minimum(np.searchsorted(self.rows_U, wanted), len(self.rows_U) - 1)
         found = self.rows_U[kept] == wanted
-        if not found.any():
+        hot = cold[found]
+        if self._cached:
+            self._asked_P[pages_N[cold[~found]]] = True
+        if not hot.size:
             return None
-        hot = fresh[found]
         others = np.ones(len(rows_N), dtype=bool)
         others[hot] = False
         return Split(hot, kept[found], np.flatnonzero(others))
@@ -175,6 +186,6 @@ def load(path: Path, table: MappedTable, seal: str) -> HotRows:
             f"{path} holds rows of another table than {table.path}, its seal is {fields['seal'][:16]}…", hint=_AGAIN
         )
     ids = body[: 8 * count].view("<i8").astype(np.int64)
-    if count and not (ids[0] >= 0 and ids[-1] < table.rows and (np.diff(ids) > 0).all()):
-        raise HotRowsError(f"{path} names rows that do not ascend within the table's {table.rows}", hint=_AGAIN)
-    return HotRows(table.codec, ids, body[8 * count :].reshape(count, row_bytes))
+    if not (count and ids[0] >= 0 and ids[-1] < table.rows and (np.diff(ids) > 0).all()):
+        raise HotRowsError(f"{path} must name at least one row, ascending, within {table.rows}", hint=_AGAIN)
+    return HotRows(table, ids, body[8 * count :].reshape(count, row_bytes))

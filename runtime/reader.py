@@ -149,14 +149,13 @@ class RowReader:
         if self.placement != "disk":
             table.check_ids(int(rows_BTC.min()), int(rows_BTC.max()))
             return _Wanted(rows_BTC)
-        rows_N = rows_BTC.reshape(-1)
-        hot = self.hot.get(layer)
-        if hot is not None:
+        if (hot := self.hot.get(layer)) is not None:
+            rows_N = rows_BTC.reshape(-1)
             table.check_ids(int(rows_N.min()), int(rows_N.max()))
-            split = hot.split(rows_N, table.missing(rows_N))
+            split = hot.split(rows_N)
             if split is not None:
                 return _Wanted(rows_BTC, table.ask(rows_N[split.cold_N]), split)
-        return _Wanted(rows_BTC, table.ask(rows_N))
+        return _Wanted(rows_BTC, table.ask(rows_BTC))
 
     def take(self, ticket: Ticket, layer: int, out: Memory | None = None) -> Memory:
         """Wait for a layer's rows: `memory_BTE` [B, T, C * D], decoded into `out` where given.
@@ -189,7 +188,7 @@ class RowReader:
         else:
             row_bytes = table.row_bytes
             if wanted.split is None:
-                table.take(wanted.asked, out.reshape(-1, table.width))
+                table.take(wanted.asked, out, threads=0)
             else:
                 served = len(wanted.split.hot_N)
                 self._take_split(layer, table, wanted, wanted.split, out.reshape(-1, table.width))
@@ -208,7 +207,7 @@ class RowReader:
         )
         if split.cold_N.size:
             part = np.empty((len(split.cold_N), table.width), dtype=out_ND.dtype)
-            table.take(wanted.asked, part)
+            table.take(wanted.asked, part, threads=0)
             out_ND[split.cold_N] = part
 
     def _table(self, layer: int) -> MappedTable:
@@ -230,7 +229,7 @@ class RowReader:
     def resident_bytes(self) -> int | None:
         """Bytes of the tables that are in this process's memory now; None where the system does not tell."""
         if self.placement == "disk":
-            mapped = mapped_resident_bytes(table.path for table in self.tables.values())
+            mapped = mapped_resident_bytes(path for table in self.tables.values() for path in table.paths)
             return None if mapped is None else mapped + sum(hot.bytes_UK.nbytes for hot in self.hot.values())
         return sum(held.nbytes for _, held in self._held.values())
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -124,18 +123,6 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
             hint="transformers would start it at random; the file is incomplete or of another architecture",
         )
     return model.eval().to(wanted)
-
-
-def release_file_pages(paths: Iterable[Path]) -> None:
-    """Tell the kernel that the cached pages of files are not needed again; pages that something maps stay."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(handle)
 
 
 @contextmanager

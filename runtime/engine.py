@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engram import EngramError
-from engram.builders.backbone import BackboneRef, load_backbone, release_file_pages
+from engram.builders.backbone import BackboneRef, load_backbone
 from engram.builders.engram import GateConfig
 from engram.builders.model import EngramModel, Timeline, load_gate_weights
-from engram.builders.process_memory import available_bytes
+from engram.builders.process_memory import available_bytes, forget_cached, is_mapped
 from engram.builders.tokenizer import load_tokenizer, special_tokens
 from engram.quantize.package import Package, open_package
 from engram.runtime import hot_rows
@@ -66,11 +66,13 @@ class Model:
         self.special = special_tokens(package.folder)
 
     def _leave_the_cache_to_tables(self, ref: BackboneRef) -> None:
-        """Where weights and tables do not fit in memory together, the file pages of the weights go: they are copied."""
+        """Where weights and tables do not fit in memory together, cached pages of weights that were copied go."""
         weights = [path for path in ref.files(self.package.folder).values() if path.is_file()]
         room = available_bytes()
         if room is not None and self.reader.table_bytes + sum(path.stat().st_size for path in weights) > room:
-            release_file_pages(weights)
+            for path in weights:
+                if not is_mapped(path):  # transformers maps weights whose type it need not change: they are in use
+                    forget_cached(path)
 
     @classmethod
     def open(

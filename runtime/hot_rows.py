@@ -179,7 +179,7 @@ def load(path: Path, table: MappedTable, seal: str) -> HotRows:
         raise HotRowsError(f"{path} does not hold hot rows", hint=_AGAIN)
     if fields["version"] != str(VERSION):
         raise HotRowsError(f"{path} has version {fields['version']!r}, this release reads {VERSION}", hint=_AGAIN)
-    if not sized or f"{zlib.crc32(body):08x}" != crc32:
+    if not sized or f"{zlib.crc32(body.data):08x}" != crc32:
         raise HotRowsError(f"{path} is damaged: its content does not match its checksum", hint=_AGAIN)
     if fields["seal"] != seal or fields["layer"] != str(table.layer) or row_bytes != table.row_bytes:
         raise HotRowsError(

@@ -97,7 +97,8 @@ def test_hot_rows_spare_the_device_and_leave_pages_that_were_asked_for_to_the_ta
         keep(package, {1: np.arange(10)}, folder / "hot")
         reader = RowReader(package, hot=hot_rows.load_all(package, folder / "hot"))
         reader.take(reader.ask({1: np.array([[[3, 9, 3]]])}), 1)
-        assert reader.counters() | {"rows_hot": 3, "pages_read": 0, "rows_read": 0, "bytes_read": 0} == reader.counters()
+        nothing = {"rows_read": 0, "bytes_read": 0, "pages_read": 0}
+        assert reader.counters() == {"rows_asked": 3, "rows_hot": 3} | nothing
         reader.take(reader.ask({1: np.array([[[3, 10, per_page]]])}), 1)  # 10 and the next page are the table's
         assert (reader.counters()["rows_hot"], reader.counters()["pages_read"]) == (4, 2)
         reader.take(reader.ask({1: np.array([[[3, 10, 9]]])}), 1)  # their page is in memory now

@@ -244,6 +244,7 @@ class RowTable:
 
     def close(self) -> None:
         """Close the files; the table cannot be used afterwards. What a ticket still needs lives as long as it does."""
+        self._reader.withdraw()
         self._reader = _Closed(self)
         while self._handles:
             os.close(self._handles.pop())
@@ -270,6 +271,8 @@ class _Closed:
 
     def trim(self) -> None:
         pass
+
+    withdraw = trim
 
     def set_bounded(self, bounded: bool) -> None:
         pass

@@ -110,6 +110,9 @@ class PageReader(Protocol):
     def mark_verified(self) -> None:
         """Every block was compared with its checksum since this reader was made."""
 
+    def withdraw(self) -> None:
+        """End what goes on in the background: the reader is about to be let go."""
+
     @property
     def blocks_asked(self) -> int:
         """Blocks of 4096 bytes asked of the device so far."""
@@ -323,6 +326,10 @@ class NumpyReader:
 
     def set_bounded(self, bounded: bool) -> None:
         pass  # nothing is ever touched before it is taken
+
+    def withdraw(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
     def mark_verified(self) -> None:
         if self._now() == self._stamps:

@@ -1,12 +1,12 @@
 // One background thread for all tables of the process: asks of later tickets go before waits for earlier ones.
 // A ticket that is needed before the thread came to it is finished by whoever needs it.
+#include <algorithm>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
 #include <pthread.h>
 #include <thread>
 
-#include "guard.h"
 #include "pages.h"
 
 namespace engram {
@@ -16,6 +16,7 @@ struct Worker {
     std::mutex mutex;
     std::condition_variable work, progress;
     std::deque<std::shared_ptr<Ticket>> to_ask, to_await;
+    const PageReader* busy = nullptr;  // whose ticket the thread holds
     bool started = false;
     uint64_t process = 1;
 };
@@ -48,6 +49,7 @@ void serve(Worker& w) {
         if (!w.to_ask.empty()) {
             ticket = std::move(w.to_ask.front());
             w.to_ask.pop_front();
+            w.busy = ticket->reader.get();
             if (ticket->state == Ticket::queued) {
                 advance(lock, w, *ticket, Ticket::asking, after_ask(*ticket));
                 if (ticket->state == Ticket::asked) w.to_await.push_back(ticket);
@@ -55,6 +57,7 @@ void serve(Worker& w) {
         } else if (!w.to_await.empty()) {
             ticket = std::move(w.to_await.front());
             w.to_await.pop_front();
+            w.busy = ticket->reader.get();
             if (ticket->state == Ticket::asked) advance(lock, w, *ticket, Ticket::verifying, Ticket::done);
         } else {
             w.work.wait(lock);
@@ -63,6 +66,8 @@ void serve(Worker& w) {
         lock.unlock();
         ticket.reset();  // perhaps the last reference to a reader: unmapping takes time
         lock.lock();
+        w.busy = nullptr;
+        w.progress.notify_all();
     }
 }
 
@@ -97,6 +102,15 @@ void finish(Ticket& ticket) {
         else if (ticket.state == Ticket::asked) advance(lock, w, ticket, Ticket::verifying, Ticket::done);
         else w.progress.wait(lock);
     }
+}
+
+void withdraw(const PageReader& reader) {
+    Worker& w = *worker;
+    std::unique_lock<std::mutex> lock(w.mutex);
+    const auto is_its = [&](const std::shared_ptr<Ticket>& ticket) { return ticket->reader.get() == &reader; };
+    w.to_ask.erase(std::remove_if(w.to_ask.begin(), w.to_ask.end(), is_its), w.to_ask.end());
+    w.to_await.erase(std::remove_if(w.to_await.begin(), w.to_await.end(), is_its), w.to_await.end());
+    w.progress.wait(lock, [&] { return w.busy != &reader; });
 }
 
 }  // namespace engram

@@ -65,8 +65,8 @@ struct Ticket {
     std::vector<uint64_t> wanted;      // v numbers to ask the device for
     std::vector<uint64_t> unverified;  // v numbers whose checksum was not compared
     std::atomic<uint64_t> generation{0};  // of the marks under which all its blocks were verified; 0: none
-    std::unique_ptr<uint8_t, void (*)(void*)> arena{nullptr, free};  // pages_arena
-    Outcome outcome;                                                 // pages_arena: how its reading ended
+    std::unique_ptr<uint8_t, void (*)(void*)> arena{nullptr, free};  // pages_arena.h: its blocks,
+    Outcome outcome;                                                 // … and how reading into it ended
     // page_worker.cpp; guarded by its mutex, or final before the ticket is shared
     enum State { queued, asking, asked, verifying, done };
     std::atomic<int> state{done};
@@ -103,7 +103,7 @@ class PageReader : public std::enable_shared_from_this<PageReader> {
     // Every block was compared with its checksum since this reader was made.
     virtual void mark_verified() {}
     // Cut a ticket's rows so that no piece touches more than `folios` changes of 2 MiB stretch.
-    std::vector<int64_t> pieces(const Ticket& ticket, int64_t folios) const;
+    virtual std::vector<int64_t> pieces(const Ticket& ticket, int64_t folios) const;
 
     int64_t row_bytes() const { return row_bytes_; }
     int64_t rows() const { return static_cast<int64_t>(places_.rows); }
@@ -146,5 +146,6 @@ std::shared_ptr<PageReader> make_pread_reader(Places places, bool verify);
 // page_worker.cpp: one background thread for the process.
 void enqueue(const std::shared_ptr<Ticket>& ticket);  // asks before awaits, each first come first served
 void finish(Ticket& ticket);                          // wait for it, or do the work here if nobody began it
+void withdraw(const PageReader& reader);              // drop its tickets from the queues; the thread holds none after
 
 }  // namespace engram

@@ -154,6 +154,11 @@ def _kernels() -> Any:
         return None
 
 
+def _check_out(out: NDArray[Any], kinds: tuple[str, ...], size: int) -> None:
+    if out.dtype.name not in kinds or out.size != size or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError(f"out must be {size} contiguous values of {' or '.join(kinds)}")
+
+
 @dataclass(frozen=True)
 class _Ticket:
     starts: Sequence[Ints]  # of every part: where in the mapped files each row begins
@@ -206,6 +211,7 @@ class NumpyReader:
     def take(
         self, ticket: _Ticket, out: Values, codec: int, width: int, threads: int, begin: int, end: int
     ) -> Outcome:
+        _check_out(out, ("float32", "uint16"), ticket.size * width)
         end = ticket.size if end < 0 else end
         encoded_NK = np.empty((end - begin, self.places.row_bytes), dtype=np.uint8)
         if (wrong := self._copy(ticket, encoded_NK, begin, end)) is None:
@@ -213,8 +219,9 @@ class NumpyReader:
         return wrong
 
     def copy(self, ticket: _Ticket, out: Bytes, threads: int, begin: int, end: int) -> Outcome:
+        _check_out(out, ("uint8",), ticket.size * self.places.row_bytes)
         end = ticket.size if end < 0 else end
-        return self._copy(ticket, out.reshape(ticket.size, -1)[begin:end], begin, end)
+        return self._copy(ticket, out.reshape(ticket.size, self.places.row_bytes)[begin:end], begin, end)
 
     def _copy(self, ticket: _Ticket, out: Bytes, begin: int, end: int) -> Outcome:
         if ticket.asked is not None:

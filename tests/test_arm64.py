@@ -1,4 +1,4 @@
-"""The Arm decoders, cross-compiled and run under emulation: the same bits as the reference. Skipped without the tools."""
+"""The Arm decoders, cross-compiled and run under emulation: the reference's bits. Skipped without the tools."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_gather import CASES, _random
 
 from engram.kernels.codecs import CODECS
-from test_gather import CASES, _random
 
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 CSRC = Path(__file__).parents[1] / "kernels" / "csrc"
@@ -26,10 +26,8 @@ def test_arm_decoders_equal_the_reference(tmp_path: Path) -> None:
     program = tmp_path / "rows"
     flags = ["-O2", "-std=c++17", "-ffp-contract=off", "-static", f"-I{CSRC}", "-DENGRAM_ARM=1"]
     for isa in ("baseline", "neon"):
-        subprocess.run(
-            [COMPILER, *flags, f"-DENGRAM_ISA={isa}", "-c", str(CSRC / "isa" / "rows.cpp"), "-o", str(tmp_path / f"{isa}.o")],
-            check=True,
-        )  # fmt: skip
+        made = ["-c", str(CSRC / "isa" / "rows.cpp"), "-o", str(tmp_path / f"{isa}.o")]
+        subprocess.run([COMPILER, *flags, f"-DENGRAM_ISA={isa}", *made], check=True)
     sources = [str(Path(__file__).parent / "arm64_rows.cpp"), *(str(CSRC / name) for name in ("rows.cpp", "isa.cpp"))]
     objects = [str(tmp_path / "baseline.o"), str(tmp_path / "neon.o")]
     subprocess.run([COMPILER, *flags, *sources, *objects, "-o", str(program)], check=True)

@@ -45,7 +45,6 @@ NF4_BOOK = np.array(
     dtype=np.float32,
 )  # fmt: skip
 
-_E4M3_LARGEST = 448.0
 _E4M3_LEAST_EXPONENT = -6  # of a normal number; smaller ones are steps of 2^-9
 _E8M0_BIAS = 127
 
@@ -151,6 +150,7 @@ class Fp8E8m0:
         power = np.maximum(np.where(mantissa <= 0.875, exponent - 9, exponent - 8), -_E8M0_BIAS)
         power[largest == 0] = -_E8M0_BIAS
         scaled = np.ldexp(blocks.astype(np.float64), -power[:, :, None])  # exact
+        np.clip(scaled, -240, 240, out=scaled, where=power[:, :, None] == 120)  # 256 * 2^120 would be infinite
         codes = ungrouped(_to_e4m3(scaled), rows.shape[1])
         return np.concatenate([codes, (power + _E8M0_BIAS).astype(np.uint8)], axis=1)
 
@@ -174,7 +174,8 @@ def _e4m3_values() -> Floats:
 def _to_e4m3(values: NDArray[np.float64]) -> Bytes:
     """Codes of values within -448..448: to nearest, ties to even; the sign of a zero stays."""
     magnitude = np.abs(values)
-    exponent = np.maximum(np.frexp(magnitude)[1] - 1, _E4M3_LEAST_EXPONENT)
+    normal = magnitude >= 2.0**_E4M3_LEAST_EXPONENT
+    exponent = np.where(normal, np.frexp(magnitude)[1] - 1, _E4M3_LEAST_EXPONENT)
     steps = np.rint(np.ldexp(magnitude, 3 - exponent)).astype(np.int64)  # 8..16 of a normal number, 0..8 below
     codes = ((exponent + 7) << 3) + steps - 8  # 16 steps carry into the exponent
     signed: Bytes = (codes | (np.signbit(values).astype(np.int64) << 7)).astype(np.uint8)

@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <thread>
 
+#include "fork.h"
 #include "pages.h"
 
 namespace engram {
@@ -29,6 +30,8 @@ void in_child() {
     worker = new Worker;
     worker->process = process;
 }
+
+const int registered = pthread_atfork(nullptr, nullptr, in_child);
 
 void advance(std::unique_lock<std::mutex>& lock, Worker& w, Ticket& ticket, Ticket::State busy, Ticket::State next) {
     ticket.state = busy;
@@ -73,12 +76,15 @@ void serve(Worker& w) {
 
 }  // namespace
 
+uint64_t process_number() {
+    (void)registered;
+    return worker->process;
+}
+
 void enqueue(const std::shared_ptr<Ticket>& ticket) {
     Worker& w = *worker;
     std::unique_lock<std::mutex> lock(w.mutex);
     if (!w.started) {
-        static const int registered = pthread_atfork(nullptr, nullptr, in_child);
-        (void)registered;
         std::thread(serve, std::ref(w)).detach();
         w.started = true;
     }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <mutex>
 #include <stdexcept>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -13,6 +12,7 @@
 #include <sys/syscall.h>
 #endif
 
+#include "fork.h"
 #include "guard.h"
 #include "pages.h"
 #include "rows.h"
@@ -177,7 +177,7 @@ class MmapReader : public PageReader {
 
     void mark_verified() override {
         if (!verify_ || unchanged(1).kind != Outcome::ok) return;
-        std::lock_guard<std::mutex> hold(changing_);
+        std::lock_guard<ForkMutex> hold(changing_);
         for (uint64_t i = 0; i <= v_blocks_ / 64 && generation_ == 1; i++) verified_[i] = ~uint64_t{0};
     }
 
@@ -244,7 +244,7 @@ class MmapReader : public PageReader {
                 outcome.number = which;
                 return outcome;
             }
-            std::lock_guard<std::mutex> hold(changing_);
+            std::lock_guard<ForkMutex> hold(changing_);
             if (generation != generation_) continue;  // the file changed meanwhile: what was seen proves nothing
             for (size_t i = begin; i < end; i++)
                 verified_[blocks[i] >> 6].fetch_or(uint64_t{1} << (blocks[i] & 63), std::memory_order_relaxed);
@@ -271,7 +271,7 @@ class MmapReader : public PageReader {
     // Otherwise what is wrong for good.
     Outcome unchanged(uint64_t generation) {
         Outcome outcome;
-        std::lock_guard<std::mutex> hold(changing_);
+        std::lock_guard<ForkMutex> hold(changing_);
         bool changed = generation != generation_;
         for (size_t i = 0; i < stamps_.size(); i++) {
             struct stat now;
@@ -305,7 +305,7 @@ class MmapReader : public PageReader {
     std::atomic<bool> bounded_{false}, all_sums_asked_{false};
     Marks sum_pages_asked_;
     std::vector<Stamp> stamps_;
-    std::mutex changing_;  // guards stamps_, and marks against their generation
+    ForkMutex changing_;  // guards stamps_, and marks against their generation
 };
 
 }  // namespace

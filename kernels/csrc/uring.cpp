@@ -5,12 +5,12 @@
 #include <cstring>
 #include <fcntl.h>
 #include <linux/io_uring.h>
-#include <mutex>
 #include <stdexcept>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "fork.h"
 #include "pages_arena.h"
 
 namespace engram {
@@ -84,7 +84,7 @@ class Ring {
         return count;
     }
 
-    const pid_t process = getpid();
+    const uint64_t process = process_number();
 
   private:
     void* map(size_t bytes, uint64_t what) {
@@ -120,8 +120,8 @@ class UringReader : public ArenaReader {
 
   protected:
     Outcome read_blocks(const std::vector<uint64_t>& blocks, uint8_t* arena, bool& lost) override {
-        std::lock_guard<std::mutex> hold(mutex_);
-        if (!ring_ || ring_->process != getpid()) ring_.reset(new Ring);  // after fork() it is the parent's
+        std::lock_guard<ForkMutex> hold(mutex_);
+        if (!ring_ || ring_->process != process_number()) ring_.reset(new Ring);  // after fork() it is the parent's
         int error = 0, file = -1;
         size_t next = 0, flying = 0;
         std::vector<uint64_t> again;
@@ -155,7 +155,7 @@ class UringReader : public ArenaReader {
     }
 
   private:
-    std::mutex mutex_;
+    ForkMutex mutex_;
     std::unique_ptr<Ring> ring_;
 };
 

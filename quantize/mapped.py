@@ -205,6 +205,11 @@ class RowTable:
             )
         if kind == "unsteady":
             raise RowStoreError(f"{name} is being written to", hint="restore it and start again")
+        if kind == "rewritten":
+            raise RowStoreError(
+                f"{name} was overwritten while in use: its checksums are not those that it had when it was opened",
+                hint="start again to use the new one",
+            )
         why = os.strerror(number) if kind == "unreadable" else "it was truncated, or its device failed"
         raise RowStoreError(f"{name} cannot be read while in use: {why}", hint="restore it and start again")
 

@@ -190,6 +190,7 @@ class NumpyReader:
         self._verified = np.zeros(sums.number, dtype=bool)
         self._asked = np.zeros(sums.number, dtype=bool)
         self._stamps = self._now()
+        self._sums_crc32 = zlib.crc32(self._sums.data) if verify else 0  # another table has other checksums
         self._pool: ThreadPoolExecutor | None = None
 
     def ask(self, rows: Ints) -> _Ticket | int:
@@ -304,6 +305,8 @@ class NumpyReader:
         if now != self._stamps:
             self._verified[...] = False
             self._stamps = now
+        if self.verify and not self._verified.any() and zlib.crc32(self._sums.data) != self._sums_crc32:
+            return "rewritten", self.places.sums.file, 0
         return None
 
     def _read_ahead(self, blocks: Ints) -> None:

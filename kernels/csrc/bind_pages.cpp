@@ -80,7 +80,7 @@ nb::object ask(PageReader& reader, nb::handle rows) {
 }
 
 nb::object told(const Outcome& outcome) {
-    static const char* const kinds[] = {"ok", "damaged", "resized", "fault", "unreadable", "unsteady"};
+    static const char* const kinds[] = {"ok", "damaged", "resized", "fault", "unreadable", "unsteady", "rewritten"};
     if (outcome.kind == Outcome::ok) return nb::none();
     return nb::make_tuple(kinds[outcome.kind], outcome.file, outcome.number);
 }

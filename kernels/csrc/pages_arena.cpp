@@ -28,8 +28,7 @@ int open_again(int fd, int flags) {
 }
 
 Outcome ArenaReader::failed(int file, int error) const {
-    Outcome outcome = sizes();
-    if (outcome.kind != Outcome::ok) return outcome;
+    Outcome outcome;
     outcome.kind = error ? Outcome::unreadable : Outcome::unsteady;  // it ended early, but is whole again
     outcome.file = file;
     outcome.number = static_cast<uint64_t>(error);
@@ -74,8 +73,6 @@ Outcome ArenaReader::compare(const Part& part) const {
     });
     if (fault) return failed(places_.sums_file, EIO);
     if (wrong == part.blocks.size()) return outcome;
-    outcome = sizes();
-    if (outcome.kind != Outcome::ok) return outcome;
     const Run& run = run_of(part.blocks[wrong]);
     outcome.kind = Outcome::damaged;
     outcome.file = run.file;
@@ -85,9 +82,9 @@ Outcome ArenaReader::compare(const Part& part) const {
 
 // From a place in the line of blocks to a place in the arena. A row that goes over to the next block finds it behind
 // its first one: both were wanted, and the blocks ascend.
-void ArenaReader::point(uint64_t* address, const Part& part) const {
-    const auto at = std::lower_bound(part.blocks.begin(), part.blocks.end(), *address / kBlock) - part.blocks.begin();
-    *address = reinterpret_cast<uint64_t>(part.arena.get()) + at * kBlock + *address % kBlock;
+uint64_t ArenaReader::point(uint64_t address, const Part& part) const {
+    const auto at = std::lower_bound(part.blocks.begin(), part.blocks.end(), address / kBlock) - part.blocks.begin();
+    return reinterpret_cast<uint64_t>(part.arena.get()) + at * kBlock + address % kBlock;
 }
 
 void ArenaReader::start(const std::shared_ptr<Ticket>& ticket) {
@@ -109,33 +106,47 @@ void ArenaReader::await_device(Ticket& ticket) {
     part.arena = std::move(ticket.arena);
     ticket.outcome = compare(part);
     const int64_t count = ticket.n * static_cast<int64_t>(places_.parts.size());
-    if (ticket.outcome.kind == Outcome::ok)
-        for (int64_t i = 0; i < count; i++) point(&ticket.address[i], part);
+    if (ticket.outcome.kind == Outcome::ok) {
+        ticket.pointer.reset(new uint64_t[count]);
+        for (int64_t i = 0; i < count; i++) ticket.pointer[i] = point(ticket.address[i], part);
+    }
     ticket.arena = std::move(part.arena);
 }
 
 Outcome ArenaReader::take(Ticket& ticket, int64_t begin, int64_t end, const Sink& sink) {
     finish(ticket);
-    std::atomic<const void*> fault{nullptr};  // the arena is ordinary memory: none comes
     arm_guard();
-    if (ticket.arena || ticket.outcome.kind != Outcome::ok) {
-        if (ticket.outcome.kind != Outcome::ok) return ticket.outcome;
-        const auto* address = reinterpret_cast<const uint8_t* const*>(ticket.address.get());
-        make_rows(address + begin, end - begin, ticket.n, sink, fault);
-        return sizes();
+    Outcome outcome;
+    for (int attempt = 0; attempt < kAttempts; attempt++) {
+        const uint64_t generation = generation_.load(std::memory_order_acquire);
+        std::atomic<const void*> fault{nullptr};  // the arena is ordinary memory: none comes
+        if (ticket.process && ticket.generation == generation) {
+            outcome = ticket.outcome;
+            const auto* pointer = reinterpret_cast<const uint8_t* const*>(ticket.pointer.get());
+            if (outcome.kind == Outcome::ok) make_rows(pointer + begin, end - begin, ticket.n, sink, fault);
+        } else {
+            outcome = read_now(ticket, begin, end, sink);
+        }
+        const Outcome files = unchanged(generation);
+        if (files.kind == Outcome::ok) return outcome;
+        if (files.kind != Outcome::unsteady) return files;
+        if (outcome.kind == Outcome::ok) outcome = files;
     }
+    return outcome;
+}
+
+// Without what the background read: memory is bounded, or the file changed since.
+Outcome ArenaReader::read_now(const Ticket& ticket, int64_t begin, int64_t end, const Sink& sink) {
     Part part;
     read(ticket, begin, end, part);
     if (part.outcome.kind == Outcome::ok) part.outcome = compare(part);
     if (part.outcome.kind != Outcome::ok) return part.outcome;
-    std::vector<uint64_t> address;
+    std::vector<uint64_t> pointer;
     for (size_t p = 0; p < places_.parts.size(); p++)
-        for (int64_t i = begin; i < end; i++) {
-            address.push_back(ticket.address[p * ticket.n + i]);
-            point(&address.back(), part);
-        }
-    make_rows(reinterpret_cast<const uint8_t* const*>(address.data()), end - begin, end - begin, sink, fault);
-    return sizes();
+        for (int64_t i = begin; i < end; i++) pointer.push_back(point(ticket.address[p * ticket.n + i], part));
+    std::atomic<const void*> fault{nullptr};
+    make_rows(reinterpret_cast<const uint8_t* const*>(pointer.data()), end - begin, end - begin, sink, fault);
+    return {};
 }
 
 std::vector<int64_t> ArenaReader::pieces(const Ticket& ticket, int64_t folios) const {

@@ -29,7 +29,8 @@ class ArenaReader : public PageReader {
     struct Part;  // rows begin … end of a ticket, read
     void read(const Ticket& ticket, int64_t begin, int64_t end, Part& part);
     Outcome compare(const Part& part) const;
-    void point(uint64_t* address, const Part& part) const;
+    uint64_t point(uint64_t address, const Part& part) const;
+    Outcome read_now(const Ticket& ticket, int64_t begin, int64_t end, const Sink& sink);
 
     std::atomic<bool> bounded_{false};
 };

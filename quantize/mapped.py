@@ -205,6 +205,11 @@ class RowTable:
             )
         if kind == "unsteady":
             raise RowStoreError(f"{name} is being written to", hint="restore it and start again")
+        if kind == "rewritten":
+            raise RowStoreError(
+                f"{name} was overwritten while in use: its checksums are not those that it had when it was opened",
+                hint="start again to use the new one",
+            )
         why = os.strerror(number) if kind == "unreadable" else "it was truncated, or its device failed"
         raise RowStoreError(f"{name} cannot be read while in use: {why}", hint="restore it and start again")
 
@@ -244,6 +249,7 @@ class RowTable:
 
     def close(self) -> None:
         """Close the files; the table cannot be used afterwards. What a ticket still needs lives as long as it does."""
+        self._reader.withdraw()
         self._reader = _Closed(self)
         while self._handles:
             os.close(self._handles.pop())
@@ -270,6 +276,8 @@ class _Closed:
 
     def trim(self) -> None:
         pass
+
+    withdraw = trim
 
     def set_bounded(self, bounded: bool) -> None:
         pass

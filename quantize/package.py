@@ -154,8 +154,8 @@ def export_package(config: ExportConfig, progress: Progress | None = None) -> di
 @contextmanager
 def _source(folder: Path) -> Iterator[tuple[dict[str, Any], Layout, dict[int, MappedTable] | None]]:
     """Manifest, layout and mapped tables of what is to be exported; no mapped tables where they are still float."""
-    formats = (checkpoints.FORMAT, quantized.FORMAT, FORMAT)
-    manifest = checkpoints.read_manifest(folder, formats, checkpoints.VERSION)
+    versions = {checkpoints.FORMAT: checkpoints.VERSION, quantized.FORMAT: quantized.VERSION, FORMAT: VERSION}
+    manifest = checkpoints.read_manifest(folder, versions)
     if manifest["format"] == checkpoints.FORMAT:
         opened = checkpoints.open_checkpoint(folder)
         yield opened.manifest, opened.layout, None

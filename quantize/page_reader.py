@@ -110,6 +110,9 @@ class PageReader(Protocol):
     def mark_verified(self) -> None:
         """Every block was compared with its checksum since this reader was made."""
 
+    def withdraw(self) -> None:
+        """End what goes on in the background: the reader is about to be let go."""
+
     @property
     def blocks_asked(self) -> int:
         """Blocks of 4096 bytes asked of the device so far."""
@@ -151,6 +154,11 @@ def _kernels() -> Any:
         return None
 
 
+def _check_out(out: NDArray[Any], kinds: tuple[str, ...], size: int) -> None:
+    if out.dtype.name not in kinds or out.size != size or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError(f"out must be {size} contiguous values of {' or '.join(kinds)}")
+
+
 @dataclass(frozen=True)
 class _Ticket:
     starts: Sequence[Ints]  # of every part: where in the mapped files each row begins
@@ -182,6 +190,7 @@ class NumpyReader:
         self._verified = np.zeros(sums.number, dtype=bool)
         self._asked = np.zeros(sums.number, dtype=bool)
         self._stamps = self._now()
+        self._sums_crc32 = zlib.crc32(self._sums.data) if verify else 0  # another table has other checksums
         self._pool: ThreadPoolExecutor | None = None
 
     def ask(self, rows: Ints) -> _Ticket | int:
@@ -203,6 +212,7 @@ class NumpyReader:
     def take(
         self, ticket: _Ticket, out: Values, codec: int, width: int, threads: int, begin: int, end: int
     ) -> Outcome:
+        _check_out(out, ("float32", "uint16"), ticket.size * width)
         end = ticket.size if end < 0 else end
         encoded_NK = np.empty((end - begin, self.places.row_bytes), dtype=np.uint8)
         if (wrong := self._copy(ticket, encoded_NK, begin, end)) is None:
@@ -210,8 +220,9 @@ class NumpyReader:
         return wrong
 
     def copy(self, ticket: _Ticket, out: Bytes, threads: int, begin: int, end: int) -> Outcome:
+        _check_out(out, ("uint8",), ticket.size * self.places.row_bytes)
         end = ticket.size if end < 0 else end
-        return self._copy(ticket, out.reshape(ticket.size, -1)[begin:end], begin, end)
+        return self._copy(ticket, out.reshape(ticket.size, self.places.row_bytes)[begin:end], begin, end)
 
     def _copy(self, ticket: _Ticket, out: Bytes, begin: int, end: int) -> Outcome:
         if ticket.asked is not None:
@@ -294,6 +305,8 @@ class NumpyReader:
         if now != self._stamps:
             self._verified[...] = False
             self._stamps = now
+        if self.verify and not self._verified.any() and zlib.crc32(self._sums.data) != self._sums_crc32:
+            return "rewritten", self.places.sums.file, 0
         return None
 
     def _read_ahead(self, blocks: Ints) -> None:
@@ -323,6 +336,10 @@ class NumpyReader:
 
     def set_bounded(self, bounded: bool) -> None:
         pass  # nothing is ever touched before it is taken
+
+    def withdraw(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
     def mark_verified(self) -> None:
         if self._now() == self._stamps:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,36 @@ def test_interrupt_leaves_with_130_and_says_how_to_go_on(
     code, out, err = in_process(capsys, "recipe", "show", "x y")
     assert (code, out) == (130, "")
     assert err.strip().endswith("To go on: engram recipe show 'x y'")
+
+
+SLOW_IMPORT = """
+import sys, threading, os, signal
+from engram.cli import main, recipe
+def work(name):
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    import slow_to_import
+    slow_to_import.done = True
+    import time
+    time.sleep(10)
+recipe.text_of = work
+main.main(["recipe", "show", "x"])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGALRM")
+def test_an_interrupt_waits_for_an_import_to_end(tmp_path: Path) -> None:
+    """A module that turns a KeyboardInterrupt into another error, as large libraries do, never sees one."""
+    module = "import time\ntry:\n    time.sleep(1)\nexcept BaseException:\n    raise RuntimeError('broken') from None\n"
+    (tmp_path / "slow_to_import.py").write_text(module)
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    begin = time.monotonic()
+    child = subprocess.run(
+        [sys.executable, "-c", SLOW_IMPORT], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert child.returncode == 130, child.stderr
+    assert "interrupted" in child.stderr and "broken" not in child.stderr
+    assert time.monotonic() - begin < 9
 
 
 def test_an_interrupted_train_resumes() -> None:

@@ -183,7 +183,7 @@ def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 
 RAN = {"text": "streamed", "token_ids": [1], "prefill_tokens_per_second": 10.0, "decode_tokens_per_second": 5.0}
-RAN |= {"rows_read": 3, "bytes_read": 2000, "peak_rss_bytes": 5_000_000}
+RAN |= {"rows_read": 3, "bytes_read": 2000, "peak_rss_bytes": 5_000_000, "row_io": "mmap", "kernels": "cpp-avx2"}
 
 
 def test_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,9 +194,13 @@ def test_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     config = worker.config
     assert (config.package, config.prompt, config.offload, config.max_tokens) == (Path("pkg"), "hi", "ram", 8)
     assert (config.temperature, config.top_p, config.seed, config.table_cache) == (0.5, 0.9, 3, 64 << 20)
+    assert (config.verify, config.table_io) == ("first-touch", "auto")
     _, out, err = call(monkeypatch, capsys, target, RAN, *words)
     assert out == "streamed\n"
     assert "decode 5.0 tokens/s, 3 rows (2.0 kB) read" in err
+    assert err.endswith("rows: mmap, cpp-avx2\n")
+    worker, _, _ = call(monkeypatch, capsys, target, RAN, *words, "--verify", "open", "--table-io", "uring", "--json")
+    assert (worker.config.verify, worker.config.table_io) == ("open", "uring")
 
 
 def test_run_chats_when_there_is_a_terminal_and_no_prompt(
@@ -230,9 +234,29 @@ def test_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     worker, _, _ = call(monkeypatch, capsys, target, answer, *words, "--json")
     config = worker.config
     assert (config.data.sources, config.max_tokens, config.offload) == (("a", "b"), 20_000, "none")
+    assert (config.verify, config.table_io) == ("first-touch", "auto")
     _, out, _ = call(monkeypatch, capsys, target, answer, *words)
     for word in ("backbone alone", "shuffled rows", "7.3890", "+0.2500", "between +0.2000 and +0.3000"):
         assert word in out
+
+
+def test_warm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answer: dict[str, Any] = {"kept": True, "rows": {"1": 5, "3": 7}, "bytes": 2000, "tokens": 900}
+    answer |= {"lookups_served": 0.5, "held_out_tokens": 100, "cold_seconds": {"without": 0.5, "with": 0.25}}
+    words = ["warm", "pkg", "--from", "a", "--from", "b", "--size", "8MiB", "--max-tokens", "20k"]
+    worker, _, _ = call(monkeypatch, capsys, "engram.runtime.warm:warm", answer, *words, "--json")
+    config = worker.config
+    assert (config.text.sources, config.size, config.max_tokens) == (("a", "b"), 8 << 20, 20_000)
+    _, out, _ = call(monkeypatch, capsys, "engram.runtime.warm:warm", answer, *words)
+    assert out.startswith("12 rows (2.0 kB) of 900 tokens serve 50% of the lookups of 100 others;")
+    assert "take 0.250 s instead of 0.500 s: kept" in out
+    dropped = {"removed": ["pkg/hot"]}
+    worker, _, _ = call(monkeypatch, capsys, "engram.runtime.warm:drop", dropped, "warm", "pkg", "--drop", "--json")
+    assert worker.config == Path("pkg")
+    for words in (["warm", "pkg"], ["warm", "pkg", "--drop", "--from", "a"]):
+        with pytest.raises(SystemExit) as leaving:
+            cli.main(words)
+        assert leaving.value.code == 2
 
 
 def test_a_workers_error_leaves_with_1_and_no_data(

@@ -379,14 +379,14 @@ def test_an_altered_page_is_refused_at_first_touch(package: Path) -> None:
     path = package / "tables" / "layer-05.safetensors"
     flip(path, 4096 + 4096 + 100)
     with open_package(package) as opened:
-        opened.layers[5].gather(np.arange(512))  # 8 bytes a row, 512 rows a page
-        with pytest.raises(RowStoreError, match=r"\(layer 5\) is damaged: page 1, rows 512 to 1023"):
-            opened.layers[5].gather(np.array([600]))
-    with pytest.raises(PackageError, match="damaged: page 1, rows 512 to 1023"):
+        opened.layers[5].gather(np.arange(682))  # 6 bytes a row, 682 rows a page
+        with pytest.raises(RowStoreError, match=r"\(layer 5\) is damaged: page 1, rows 682 to 1363"):
+            opened.layers[5].gather(np.array([700]))
+    with pytest.raises(PackageError, match="damaged: page 1, rows 682 to 1363"):
         open_package(package, verify="open")
     open_package(package, verify="off").close()
     problems = verify_package(package)["problems"]
-    assert len(problems) == 2 and "it was altered" in problems[0] and "page 1, rows 512 to 1023" in problems[1]
+    assert len(problems) == 2 and "it was altered" in problems[0] and "page 1, rows 682 to 1363" in problems[1]
 
 
 def test_an_altered_large_backbone_file_is_found_by_verify(package: Path) -> None:

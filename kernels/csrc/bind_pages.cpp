@@ -59,9 +59,12 @@ std::shared_ptr<PageReader> open_reader(const std::string& way, const std::vecto
                                         const std::vector<RunArgs>& runs,
                                         const std::vector<std::vector<SegmentArgs>>& parts, uint64_t rows,
                                         const SumsArgs& sums, bool verify) {
-    Places places = places_of(files, runs, parts, rows, sums);
-    if (way == "mmap") return make_mmap_reader(std::move(places), verify);
-    throw nb::value_error("this build has no such way to read pages");
+    auto* make = way == "mmap" ? make_mmap_reader : way == "pread" ? make_pread_reader : nullptr;
+#ifdef __linux__
+    if (way == "uring") make = make_uring_reader;
+#endif
+    if (!make) throw nb::value_error("this build has no such way to read pages");
+    return make(places_of(files, runs, parts, rows, sums), verify);
 }
 
 nb::object ask(PageReader& reader, nb::handle rows) {
@@ -77,7 +80,7 @@ nb::object ask(PageReader& reader, nb::handle rows) {
 }
 
 nb::object told(const Outcome& outcome) {
-    static const char* const kinds[] = {"ok", "damaged", "resized", "fault", "unreadable", "unsteady"};
+    static const char* const kinds[] = {"ok", "damaged", "resized", "fault", "unreadable", "unsteady", "rewritten"};
     if (outcome.kind == Outcome::ok) return nb::none();
     return nb::make_tuple(kinds[outcome.kind], outcome.file, outcome.number);
 }
@@ -124,8 +127,13 @@ void bind_pages(nb::module_& m) {
         .def("pieces", &PageReader::pieces)
         .def("trim", &PageReader::trim, nb::call_guard<nb::gil_scoped_release>())
         .def("mark_verified", &PageReader::mark_verified)
+        .def("withdraw", [](PageReader& r) { withdraw(r); }, nb::call_guard<nb::gil_scoped_release>())
         .def("set_bounded", &PageReader::set_bounded)
         .def_prop_ro("blocks_asked", [](PageReader& r) { return r.blocks_asked.load(); });
     m.def("open_pages", open_reader);
-    m.attr("PAGE_WAYS") = nb::make_tuple("mmap");
+    m.attr("PAGE_WAYS") = nb::make_tuple("mmap",
+#ifdef __linux__
+                                         "uring",
+#endif
+                                         "pread");
 }

@@ -1,12 +1,13 @@
 // One background thread for all tables of the process: asks of later tickets go before waits for earlier ones.
 // A ticket that is needed before the thread came to it is finished by whoever needs it.
+#include <algorithm>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
 #include <pthread.h>
 #include <thread>
 
-#include "guard.h"
+#include "fork.h"
 #include "pages.h"
 
 namespace engram {
@@ -16,6 +17,7 @@ struct Worker {
     std::mutex mutex;
     std::condition_variable work, progress;
     std::deque<std::shared_ptr<Ticket>> to_ask, to_await;
+    const PageReader* busy = nullptr;  // whose ticket the thread holds
     bool started = false;
     uint64_t process = 1;
 };
@@ -28,6 +30,8 @@ void in_child() {
     worker = new Worker;
     worker->process = process;
 }
+
+const int registered = pthread_atfork(nullptr, nullptr, in_child);
 
 void advance(std::unique_lock<std::mutex>& lock, Worker& w, Ticket& ticket, Ticket::State busy, Ticket::State next) {
     ticket.state = busy;
@@ -48,6 +52,7 @@ void serve(Worker& w) {
         if (!w.to_ask.empty()) {
             ticket = std::move(w.to_ask.front());
             w.to_ask.pop_front();
+            w.busy = ticket->reader.get();
             if (ticket->state == Ticket::queued) {
                 advance(lock, w, *ticket, Ticket::asking, after_ask(*ticket));
                 if (ticket->state == Ticket::asked) w.to_await.push_back(ticket);
@@ -55,6 +60,7 @@ void serve(Worker& w) {
         } else if (!w.to_await.empty()) {
             ticket = std::move(w.to_await.front());
             w.to_await.pop_front();
+            w.busy = ticket->reader.get();
             if (ticket->state == Ticket::asked) advance(lock, w, *ticket, Ticket::verifying, Ticket::done);
         } else {
             w.work.wait(lock);
@@ -63,17 +69,22 @@ void serve(Worker& w) {
         lock.unlock();
         ticket.reset();  // perhaps the last reference to a reader: unmapping takes time
         lock.lock();
+        w.busy = nullptr;
+        w.progress.notify_all();
     }
 }
 
 }  // namespace
 
+uint64_t process_number() {
+    (void)registered;
+    return worker->process;
+}
+
 void enqueue(const std::shared_ptr<Ticket>& ticket) {
     Worker& w = *worker;
     std::unique_lock<std::mutex> lock(w.mutex);
     if (!w.started) {
-        static const int registered = pthread_atfork(nullptr, nullptr, in_child);
-        (void)registered;
         std::thread(serve, std::ref(w)).detach();
         w.started = true;
     }
@@ -97,6 +108,15 @@ void finish(Ticket& ticket) {
         else if (ticket.state == Ticket::asked) advance(lock, w, ticket, Ticket::verifying, Ticket::done);
         else w.progress.wait(lock);
     }
+}
+
+void withdraw(const PageReader& reader) {
+    Worker& w = *worker;
+    std::unique_lock<std::mutex> lock(w.mutex);
+    const auto is_its = [&](const std::shared_ptr<Ticket>& ticket) { return ticket->reader.get() == &reader; };
+    w.to_ask.erase(std::remove_if(w.to_ask.begin(), w.to_ask.end(), is_its), w.to_ask.end());
+    w.to_await.erase(std::remove_if(w.to_await.begin(), w.to_await.end(), is_its), w.to_await.end());
+    w.progress.wait(lock, [&] { return w.busy != &reader; });
 }
 
 }  // namespace engram

@@ -35,6 +35,15 @@ inline bool has(const std::atomic<uint64_t>* marks, uint64_t v) {
     return marks[v >> 6].load(std::memory_order_relaxed) >> (v & 63) & 1;
 }
 
+Stamp stamp_of(const struct stat& now) {
+#ifdef __APPLE__
+    const timespec &m = now.st_mtimespec, &c = now.st_ctimespec;
+#else
+    const timespec &m = now.st_mtim, &c = now.st_ctim;
+#endif
+    return {m.tv_sec * 1000000000LL + m.tv_nsec, c.tv_sec * 1000000000LL + c.tv_nsec};
+}
+
 }  // namespace
 
 PageReader::PageReader(Places places, bool verify) : places_(std::move(places)), verify_(verify) {
@@ -53,6 +62,11 @@ PageReader::PageReader(Places places, bool verify) : places_(std::move(places)),
             s.magic = ~uint64_t{0} / s.per_page + 1;
         }
     }
+    for (const File& file : places_.files) {
+        struct stat now = {};
+        fstat(file.fd, &now);
+        stamps_.push_back(stamp_of(now));
+    }
     if (verify_) {
         const uint64_t begin = places_.sums_offset / page * page;
         sums_map_bytes_ = places_.sums_offset - begin + 4 * places_.sums;
@@ -60,6 +74,8 @@ PageReader::PageReader(Places places, bool verify) : places_(std::move(places)),
                          static_cast<off_t>(begin));
         if (sums_map_ == MAP_FAILED) throw std::runtime_error(std::string("mmap: ") + std::strerror(errno));
         sums_ = static_cast<const uint8_t*>(sums_map_) + (places_.sums_offset - begin);
+        if (!sums_crc(sums_crc_)) throw std::runtime_error("the checksums cannot be read");
+        madvise(sums_map_, sums_map_bytes_, MADV_DONTNEED);
     }
 }
 
@@ -183,23 +199,43 @@ uint32_t PageReader::sum_of(const Run& run, uint64_t v) const {
     return at[0] | at[1] << 8 | at[2] << 16 | static_cast<uint32_t>(at[3]) << 24;
 }
 
-Outcome PageReader::sizes() const {
-    for (size_t i = 0; i < places_.files.size(); i++) {
+bool PageReader::sums_crc(uint32_t& crc) const {
+    arm_guard();
+    return !guarded([&] { crc = crc32(sums_, 4 * places_.sums); });
+}
+
+Outcome PageReader::unchanged(uint64_t generation) {
+    Outcome outcome;
+    std::lock_guard<ForkMutex> hold(changing_);
+    bool changed = false;
+    for (size_t i = 0; i < stamps_.size() && outcome.kind == Outcome::ok; i++) {
         struct stat now;
-        Outcome outcome;
         outcome.file = static_cast<int>(i);
         if (fstat(places_.files[i].fd, &now)) {
             outcome.kind = Outcome::unreadable;
-            outcome.number = errno;
-            return outcome;
+            outcome.number = static_cast<uint64_t>(errno);
+            break;
         }
         if (static_cast<uint64_t>(now.st_size) != places_.files[i].bytes) {
             outcome.kind = Outcome::resized;
             outcome.number = static_cast<uint64_t>(now.st_size);
-            return outcome;
         }
+        const Stamp stamp = stamp_of(now);
+        changed |= stamp != stamps_[i];
+        stamps_[i] = stamp;
     }
-    return {};
+    if (changed) {
+        // First the marks, then the generation: who sees the new number sees no old mark.
+        clear_marks();
+        generation_.fetch_add(1, std::memory_order_release);
+        uint32_t crc = sums_crc_;
+        sums_are_ours_ = !verify_ || (sums_crc(crc) && crc == sums_crc_);
+    }
+    if (outcome.kind != Outcome::ok) return outcome;
+    outcome.file = places_.sums_file;
+    if (!sums_are_ours_) outcome.kind = Outcome::rewritten;
+    else if (generation != generation_) outcome.kind = Outcome::unsteady;
+    return outcome;
 }
 
 }  // namespace engram

@@ -12,9 +12,12 @@
 #include <sys/stat.h>
 #include <vector>
 
+#include "fork.h"
+
 namespace engram {
 
 constexpr uint64_t kBlock = 4096;
+constexpr int kAttempts = 8;  // at rows of a file that changes while they are taken
 
 struct File {
     int fd = -1;         // owned
@@ -51,9 +54,15 @@ struct Places {
 
 // How a call ended. Words are made of it in Python.
 struct Outcome {
-    enum Kind { ok = 0, damaged, resized, fault, unreadable, unsteady } kind = ok;
+    enum Kind { ok = 0, damaged, resized, fault, unreadable, unsteady, rewritten } kind = ok;
     int file = -1;
     uint64_t number = 0;  // damaged: number of the checksum; resized: bytes now; unreadable: errno
+};
+
+// Changes with every change of a file's bytes or times; a program can set the first back, but not the second.
+struct Stamp {
+    int64_t changed = 0, status = 0;
+    bool operator!=(const Stamp& o) const { return changed != o.changed || status != o.status; }
 };
 
 // Rows that were asked for. `address` holds one number a row and part, which the back end turns into a pointer.
@@ -65,12 +74,13 @@ struct Ticket {
     std::vector<uint64_t> wanted;      // v numbers to ask the device for
     std::vector<uint64_t> unverified;  // v numbers whose checksum was not compared
     std::atomic<uint64_t> generation{0};  // of the marks under which all its blocks were verified; 0: none
-    std::unique_ptr<uint8_t, void (*)(void*)> arena{nullptr, free};  // pages_arena
-    Outcome outcome;                                                 // pages_arena: how its reading ended
+    std::unique_ptr<uint8_t, void (*)(void*)> arena{nullptr, free};  // pages_arena.h: its blocks,
+    std::unique_ptr<uint64_t[]> pointer;                             // where in it the rows are,
+    Outcome outcome;                                                 // and how reading into it ended
     // page_worker.cpp; guarded by its mutex, or final before the ticket is shared
     enum State { queued, asking, asked, verifying, done };
     std::atomic<int> state{done};
-    uint64_t process = 0;
+    uint64_t process = 0;  // that queued it; 0: never queued
 };
 
 // What take() makes of the rows.
@@ -103,7 +113,7 @@ class PageReader : public std::enable_shared_from_this<PageReader> {
     // Every block was compared with its checksum since this reader was made.
     virtual void mark_verified() {}
     // Cut a ticket's rows so that no piece touches more than `folios` changes of 2 MiB stretch.
-    std::vector<int64_t> pieces(const Ticket& ticket, int64_t folios) const;
+    virtual std::vector<int64_t> pieces(const Ticket& ticket, int64_t folios) const;
 
     int64_t row_bytes() const { return row_bytes_; }
     int64_t rows() const { return static_cast<int64_t>(places_.rows); }
@@ -121,7 +131,10 @@ class PageReader : public std::enable_shared_from_this<PageReader> {
     uint64_t length_of(const Run& run, uint64_t v) const;  // bytes of block v: 4096, or less at the file's end
     // The stored checksum of a block; call under a guard.
     uint32_t sum_of(const Run& run, uint64_t v) const;
-    Outcome sizes() const;  // ok, or the first file whose size is not what it was
+    // ok: the files are as they were in this generation, and so is what was verified in it. unsteady: one was written
+    // to; all marks are cleared and a new generation begins. Otherwise what is wrong for good.
+    Outcome unchanged(uint64_t generation);
+    virtual void clear_marks() {}
 
     Places places_;
     bool verify_;
@@ -131,8 +144,14 @@ class PageReader : public std::enable_shared_from_this<PageReader> {
     std::unique_ptr<std::atomic<uint64_t>[]> asked_, verified_;  // one bit a block; null in back ends without marks
     std::atomic<uint64_t> generation_{1};
     const uint8_t* sums_ = nullptr;
+    ForkMutex changing_;  // guards stamps_, and marks against their generation
 
   private:
+    bool sums_crc(uint32_t& crc) const;
+
+    std::vector<Stamp> stamps_;
+    bool sums_are_ours_ = true;
+    uint32_t sums_crc_ = 0;  // of all checksums: who replaces a table by another one replaces them too
     void* sums_map_ = nullptr;
     size_t sums_map_bytes_ = 0;
 };
@@ -146,5 +165,6 @@ std::shared_ptr<PageReader> make_pread_reader(Places places, bool verify);
 // page_worker.cpp: one background thread for the process.
 void enqueue(const std::shared_ptr<Ticket>& ticket);  // asks before awaits, each first come first served
 void finish(Ticket& ticket);                          // wait for it, or do the work here if nobody began it
+void withdraw(const PageReader& reader);              // drop its tickets from the queues; the thread holds none after
 
 }  // namespace engram

@@ -3,16 +3,15 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <mutex>
 #include <stdexcept>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 #ifdef __linux__
 #include <sys/syscall.h>
 #endif
 
+#include "fork.h"
 #include "guard.h"
 #include "pages.h"
 #include "rows.h"
@@ -24,22 +23,6 @@ using Marks = std::unique_ptr<std::atomic<uint64_t>[]>;
 using Ranges = std::vector<iovec>;
 
 constexpr uint64_t kSumsAtOnce = 1 << 24;  // checksums up to this size are read in one go, larger ones by the page
-constexpr int kAttempts = 8;               // at rows of a file that changes while they are copied
-
-// Changes with every change of a file's bytes or times; a program can set the first back, but not the second.
-struct Stamp {
-    int64_t changed = 0, status = 0;
-    bool operator!=(const Stamp& o) const { return changed != o.changed || status != o.status; }
-};
-
-Stamp stamp_of(const struct stat& now) {
-#ifdef __APPLE__
-    const timespec &m = now.st_mtimespec, &c = now.st_ctimespec;
-#else
-    const timespec &m = now.st_mtim, &c = now.st_ctim;
-#endif
-    return {m.tv_sec * 1000000000LL + m.tv_nsec, c.tv_sec * 1000000000LL + c.tv_nsec};
-}
 
 void advise(const iovec& range) { madvise(range.iov_base, range.iov_len, MADV_WILLNEED); }
 
@@ -102,12 +85,6 @@ class MmapReader : public PageReader {
         if (verify_) {
             verified_ = no_marks(v_blocks_);
             sum_pages_asked_ = no_marks(places_.sums * 4 / page_ + 1);
-        }
-        stamps_.resize(places_.files.size());
-        for (size_t i = 0; i < stamps_.size(); i++) {
-            struct stat now = {};
-            fstat(places_.files[i].fd, &now);
-            stamps_[i] = stamp_of(now);
         }
     }
 
@@ -173,11 +150,15 @@ class MmapReader : public PageReader {
         clear(asked_, v_blocks_);
     }
 
+    void clear_marks() override {
+        if (verify_) clear(verified_, v_blocks_);
+    }
+
     void set_bounded(bool bounded) override { bounded_ = bounded; }
 
     void mark_verified() override {
         if (!verify_ || unchanged(1).kind != Outcome::ok) return;
-        std::lock_guard<std::mutex> hold(changing_);
+        std::lock_guard<ForkMutex> hold(changing_);
         for (uint64_t i = 0; i <= v_blocks_ / 64 && generation_ == 1; i++) verified_[i] = ~uint64_t{0};
     }
 
@@ -244,7 +225,7 @@ class MmapReader : public PageReader {
                 outcome.number = which;
                 return outcome;
             }
-            std::lock_guard<std::mutex> hold(changing_);
+            std::lock_guard<ForkMutex> hold(changing_);
             if (generation != generation_) continue;  // the file changed meanwhile: what was seen proves nothing
             for (size_t i = begin; i < end; i++)
                 verified_[blocks[i] >> 6].fetch_or(uint64_t{1} << (blocks[i] & 63), std::memory_order_relaxed);
@@ -267,45 +248,10 @@ class MmapReader : public PageReader {
         return verify_blocks(blocks, generation);
     }
 
-    // ok: the files are as they were in this generation. unsteady: one was written to, all marks are cleared.
-    // Otherwise what is wrong for good.
-    Outcome unchanged(uint64_t generation) {
-        Outcome outcome;
-        std::lock_guard<std::mutex> hold(changing_);
-        bool changed = generation != generation_;
-        for (size_t i = 0; i < stamps_.size(); i++) {
-            struct stat now;
-            outcome.file = static_cast<int>(i);
-            if (fstat(places_.files[i].fd, &now)) {
-                outcome.kind = Outcome::unreadable;
-                outcome.number = errno;
-                return outcome;
-            }
-            const Stamp stamp = stamp_of(now);
-            const bool resized = static_cast<uint64_t>(now.st_size) != places_.files[i].bytes;
-            if (stamp != stamps_[i] || resized) {
-                // First the marks, then the generation: who sees the new number sees no old mark.
-                if (verify_) clear(verified_, v_blocks_);
-                stamps_[i] = stamp;
-                generation_.fetch_add(1, std::memory_order_release);
-                changed = true;
-            }
-            if (resized) {
-                outcome.kind = Outcome::resized;
-                outcome.number = static_cast<uint64_t>(now.st_size);
-                return outcome;
-            }
-        }
-        if (changed) outcome.kind = Outcome::unsteady;
-        return outcome;
-    }
-
     uint64_t page_ = 0, bytes_ = 0;
     uint8_t* line_ = nullptr;
     std::atomic<bool> bounded_{false}, all_sums_asked_{false};
     Marks sum_pages_asked_;
-    std::vector<Stamp> stamps_;
-    std::mutex changing_;  // guards stamps_, and marks against their generation
 };
 
 }  // namespace

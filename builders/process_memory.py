@@ -1,7 +1,10 @@
-"""How much memory this process holds, and how much it may still take."""
+"""How much memory this process holds and may still take; what the page cache holds of a file."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,6 +46,42 @@ def mapped_resident_bytes(paths: Iterable[Path]) -> int | None:
         elif inside and name == "Rss:":
             total += int(rest.split()[0]) * 1024
     return total
+
+
+def is_mapped(path: Path) -> bool:
+    """Whether this process maps a file; False where the system does not tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return False
+    return str(path.resolve()) in {line.split(maxsplit=5)[-1] for line in lines}
+
+
+def forget_cached(path: Path) -> None:
+    """Tell the kernel that the cached pages of a file are not needed again; pages that a process has mapped in stay."""
+    if hasattr(os, "posix_fadvise"):
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+
+
+def cached_bytes(path: Path) -> int | None:
+    """Bytes of a file that are in the page cache (mincore); None where the system does not tell."""
+    size = path.stat().st_size
+    if not size or not sys.platform.startswith("linux"):
+        return None if size else 0
+    pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as mapped:
+        begin = (ctypes.c_char * size).from_buffer(mapped)
+        try:
+            failed = ctypes.CDLL(None, use_errno=True).mincore(
+                ctypes.c_void_p(ctypes.addressof(begin)), ctypes.c_size_t(size), pages
+            )
+        finally:
+            del begin  # the map cannot be closed before
+    return None if failed else sum(page & 1 for page in bytes(pages)) * mmap.PAGESIZE
 
 
 def _fields(path: str) -> dict[str, int]:

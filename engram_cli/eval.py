@@ -25,6 +25,8 @@ def evaluate(
     ],
     max_tokens: Annotated[Optional[str], typer.Option(help="Look at no more tokens than this.", metavar="N")] = None,
     offload: options.Placement = options.Offload.disk,
+    verify: options.Verification = options.Verify.first_touch,
+    table_io: options.RowIo = options.TableIo.auto,
     seed: options.Seed = 0,
     field: options.Field = "text",
     column: options.Column = "text",
@@ -43,6 +45,8 @@ def evaluate(
         max_tokens=None if max_tokens is None else parse_count(max_tokens),
         offload=offload.value,
         seed=seed,
+        verify=verify.value,
+        table_io=table_io.value,
     )
     result = work(config, progress.on_screen())
     ui.emit(result) if json else _table(result)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated
 
 import typer
 
 from engram import EngramError, __version__
-from engram.cli import build_vocab, demo, export, fill, quantize, recipe, run, train, ui, verify
+from engram.cli import build_vocab, demo, export, fill, quantize, recipe, run, train, ui, verify, warm
 from engram.cli import eval as evaluation
 from engram.cli import hash as hashing
 
@@ -46,6 +51,7 @@ app.command("quantize")(quantize.quantize)
 app.command("export")(export.export)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
+app.command("warm")(warm.warm)
 app.command("eval")(evaluation.evaluate)
 app.command("demo")(demo.demo)
 app.add_typer(recipe.app, name="recipe", help="List, show and copy the shipped recipes.")
@@ -55,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run one command and leave with its exit code: 0 done, 1 an error of the user's, 2 usage, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        app(argv, prog_name="engram")
+        with _interrupts_after_imports():
+            app(argv, prog_name="engram")
     except EngramError as failure:
         ui.error(failure)
         raise SystemExit(1) from None
@@ -68,6 +75,44 @@ def main(argv: list[str] | None = None) -> None:
         if leaving.code == 130:
             ui.say(f"\ninterrupted; nothing half-written was left. To go on: {resume_line(argv)}")
         raise
+
+
+@contextmanager
+def _interrupts_after_imports() -> Iterator[None]:
+    """Ctrl-C as ever, but while something is imported it waits for the import to end (a second one does not wait).
+
+    Raised while torch or transformers is imported, a KeyboardInterrupt meets C++ that aborts the process, Python code
+    that reports it as a module that is broken, or code run from C, after which the exit code is the signal's.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or not hasattr(signal, "setitimer"):
+        yield  # somebody else's business
+        return
+    waiting = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal waiting
+        if waiting and number == signal.SIGINT:
+            os._exit(130)
+        waiting = _importing(frame)
+        if not waiting:
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def resume_line(argv: list[str]) -> str:

@@ -53,3 +53,32 @@ Placement = Annotated[
     Offload,
     typer.Option("--offload", help="Tables as float32 (none), as stored bytes (ram), or mapped from the file (disk)."),
 ]
+
+
+class Verify(StrEnum):
+    """When the checksums of a table's pages are compared."""
+
+    first_touch = "first-touch"
+    open = "open"
+    off = "off"
+
+
+class TableIo(StrEnum):
+    """How rows are read from table files."""
+
+    auto = "auto"
+    mmap = "mmap"
+    uring = "uring"
+    pread = "pread"
+
+
+Verification = Annotated[
+    Verify,
+    typer.Option("--verify", help="Compare a page's checksum when a row of it is first used, all at open, or never."),
+]
+RowIo = Annotated[
+    TableIo,
+    typer.Option(
+        "--table-io", help="For disk: how rows are read. uring goes past the page cache; auto takes the best there is."
+    ),
+]

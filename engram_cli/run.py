@@ -25,6 +25,8 @@ def run(
     table_cache: Annotated[
         Optional[str], typer.Option(metavar="SIZE", help="For disk: the most bytes of tables that may stay resident.")
     ] = None,
+    verify: options.Verification = options.Verify.first_touch,
+    table_io: options.RowIo = options.TableIo.auto,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to write at most.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(metavar="T", help="0 takes the likeliest token.", min=0.0)] = 0.0,
     top_p: Annotated[
@@ -49,6 +51,8 @@ def run(
         seed=seed,
         table_cache=None if table_cache is None else parse_size(table_cache),
         chat=chat,
+        verify=verify.value,
+        table_io=table_io.value,
     )
     if prompt is None:
         return _converse(config)
@@ -85,5 +89,6 @@ def _figures(result: dict[str, Any]) -> None:
     ui.say(
         f"prefill {result['prefill_tokens_per_second']:,.1f} tokens/s, decode"
         f" {result['decode_tokens_per_second']:,.1f} tokens/s, {result['rows_read']:,} rows"
-        f" ({show_bytes(result['bytes_read'])}) read, {show_bytes(result['peak_rss_bytes'])} resident at most"
+        f" ({show_bytes(result['bytes_read'])}) read, {show_bytes(result['peak_rss_bytes'])} resident at most,"
+        f" rows: {result['row_io']}, {result['kernels']}"
     )

@@ -240,8 +240,8 @@ def _cached(name: str) -> str:
 # Reading
 
 
-def open_package(folder: Path, *, verify: str = "first-touch") -> Package:
-    """Check a package as FORMAT.md section 3.2 says and map its tables; `verify` is MappedTable's.
+def open_package(folder: Path, *, verify: str = "first-touch", io: str = "auto") -> Package:
+    """Check a package as FORMAT.md section 3.2 says and map its tables; `verify` and `io` are MappedTable.open's.
 
     Raises PackageError, naming the file and what is wrong with it.
     """
@@ -250,7 +250,7 @@ def open_package(folder: Path, *, verify: str = "first-touch") -> Package:
         for problem in _file_problems(folder, manifest, whole=False):
             raise PackageError(problem, hint="copy the package again, or export it again")
         layout = Layout.load(folder)
-        return Package(folder, manifest, layout, _open_tables(folder, manifest, layout, verify))
+        return Package(folder, manifest, layout, _open_tables(folder, manifest, layout, verify, io))
 
 
 @contextmanager
@@ -326,7 +326,9 @@ def _file_problems(folder: Path, manifest: dict[str, Any], *, whole: bool) -> It
             yield f"{path} is not part of the package: the manifest does not name it"
 
 
-def _open_tables(folder: Path, manifest: dict[str, Any], layout: Layout, verify: str) -> dict[int, MappedTable]:
+def _open_tables(
+    folder: Path, manifest: dict[str, Any], layout: Layout, verify: str, io: str = "auto"
+) -> dict[int, MappedTable]:
     """Map the tables after comparing each with manifest and layout; all are closed again if one is refused."""
     for name in ("tables", "gate"):
         if sorted(map(int, manifest[name])) != sorted(layout.layers):
@@ -337,7 +339,7 @@ def _open_tables(folder: Path, manifest: dict[str, Any], layout: Layout, verify:
     opened: dict[int, MappedTable] = {}
     try:
         for layer in layout.layers:
-            opened[layer] = _open_table(folder, manifest["tables"][str(layer)], layer, layout, verify)
+            opened[layer] = _open_table(folder, manifest["tables"][str(layer)], layer, layout, verify, io)
     except BaseException:
         for table in opened.values():
             table.close()
@@ -345,7 +347,9 @@ def _open_tables(folder: Path, manifest: dict[str, Any], layout: Layout, verify:
     return opened
 
 
-def _open_table(folder: Path, entry: dict[str, Any], layer: int, layout: Layout, verify: str) -> MappedTable:
+def _open_table(
+    folder: Path, entry: dict[str, Any], layer: int, layout: Layout, verify: str, io: str = "auto"
+) -> MappedTable:
     wanted = {"rows": layout.table_rows[layer], "width": layout.head_dim}
     for name, value in wanted.items():
         if entry[name] != value:
@@ -354,7 +358,9 @@ def _open_table(folder: Path, entry: dict[str, Any], layer: int, layout: Layout,
     find_codec(entry["codec"], entry["codec_version"])
     if not _is_plain(entry["file"]):
         raise PackageError(f"{folder / MANIFEST} names a file {entry['file']!r}, which may lie outside the package")
-    table = MappedTable.open(folder / entry["file"], codec=entry["codec"], layer=layer, verify=verify, **wanted)
+    table = MappedTable.open(
+        folder / entry["file"], codec=entry["codec"], layer=layer, verify=verify, io=io, **wanted
+    )
     if table.seal() != entry["seal"]:
         table.close()
         raise PackageError(

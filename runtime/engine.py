@@ -17,8 +17,10 @@ from engram import EngramError
 from engram.builders.backbone import BackboneRef, load_backbone
 from engram.builders.engram import GateConfig
 from engram.builders.model import EngramModel, Timeline, load_gate_weights
+from engram.builders.process_memory import available_bytes, forget_cached, is_mapped
 from engram.builders.tokenizer import load_tokenizer, special_tokens
 from engram.quantize.package import Package, open_package
+from engram.runtime import hot_rows
 from engram.runtime.reader import RowReader, Ticket
 
 PREFILL_CHUNK = 512  # positions of one prefill step; rows of the next step are asked for while this one computes
@@ -58,8 +60,19 @@ class Model:
         self.engram = EngramModel(load_backbone(ref, package.folder, dtype), self.layout, gates).eval()
         load_gate_weights(self.engram, package.dense())
         self.engram.requires_grad_(False)
+        if reader.placement == "disk":
+            self._leave_the_cache_to_tables(ref)
         self.tokenizer = load_tokenizer(package.folder)
         self.special = special_tokens(package.folder)
+
+    def _leave_the_cache_to_tables(self, ref: BackboneRef) -> None:
+        """Where weights and tables do not fit in memory together, cached pages of weights that were copied go."""
+        weights = [path for path in ref.files(self.package.folder).values() if path.is_file()]
+        room = available_bytes()
+        if room is not None and self.reader.table_bytes + sum(path.stat().st_size for path in weights) > room:
+            for path in weights:
+                if not is_mapped(path):  # transformers maps weights whose type it need not change: they are in use
+                    forget_cached(path)
 
     @classmethod
     def open(
@@ -70,14 +83,25 @@ class Model:
         cache_bytes: int | None = None,
         dtype: str | None = None,
         verify: str = "first-touch",
+        table_io: str = "auto",
     ) -> Model:
         """Open a package with its tables in the given placement (none | ram | disk).
 
-        Raises PackageError where the package is damaged and EngineError where the placement does not fit.
+        `verify` and `table_io` are MappedTable.open's. On disk the package's hot rows are used where it has some.
+        Raises PackageError where the package is damaged or `table_io` cannot be had here, ReaderError where the
+        placement does not fit, EngineError for a `table_io` with tables that lie in memory, HotRowsError where the hot
+        rows are another table's.
         """
-        package = open_package(folder, verify=verify)
+        if table_io != "auto" and offload != "disk":
+            raise EngineError(
+                f"table_io {table_io!r} says how rows are read from the disk, with offload {offload!r} none are",
+                hint="leave --table-io out, or use --offload disk",
+            )
+        package = open_package(folder, verify=verify, io=table_io)
         try:
-            return cls(package, RowReader(package, offload, cache_bytes=cache_bytes), dtype)
+            kept = hot_rows.find(package) if offload == "disk" else None
+            hot = None if kept is None else hot_rows.load_all(package, kept)
+            return cls(package, RowReader(package, offload, cache_bytes=cache_bytes, hot=hot), dtype)
         except BaseException:
             package.close()
             raise

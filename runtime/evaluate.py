@@ -55,6 +55,7 @@ class EvalConfig:
     bootstrap: int = 2000
     dtype: str | None = None
     verify: str = "first-touch"
+    table_io: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse sizes that leave nothing to predict."""
@@ -81,7 +82,13 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
     """
     seen = progress or Progress()
     with seen.task(f"open {config.package.name}"):
-        model = Model.open(config.package, offload=config.offload, dtype=config.dtype, verify=config.verify)
+        model = Model.open(
+            config.package,
+            offload=config.offload,
+            dtype=config.dtype,
+            verify=config.verify,
+            table_io=config.table_io,
+        )
     try:
         cache = TokenCache.build(config.data, config.package / "tokenizer.json", seen)
         try:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engram import Progress
 from engram.builders.process_memory import resident_bytes
+from engram.kernels import dispatch
 from engram.runtime.engine import EngineError, Model, Session, probabilities
 
 
@@ -31,6 +32,7 @@ class RunConfig:
     chat: bool = False  # put the prompt through the tokenizer's chat template
     dtype: str | None = None
     verify: str = "first-touch"
+    table_io: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing."""
@@ -139,7 +141,8 @@ class Conversation:
             "text": "".join(pieces), "token_ids": tokens, "prompt_tokens": len(ids), "prefilled_tokens": len(fed),
             "prefill_tokens_per_second": len(fed) / max(first - begin, 1e-9),
             "decode_tokens_per_second": max(0, len(tokens) - 1) / max(end - first, 1e-9),
-            "offload": self.config.offload, "table_bytes": self.model.reader.table_bytes,
+            "offload": self.config.offload, "row_io": self.model.reader.row_io, "kernels": dispatch.name(),
+            "table_bytes": self.model.reader.table_bytes,
             "table_resident_bytes": self.model.reader.resident_bytes(),
             **{name: after[name] - before[name] for name in after}, **resident_bytes(),
         }  # fmt: skip
@@ -154,6 +157,7 @@ def open_session(config: RunConfig, progress: Progress | None = None) -> Convers
             cache_bytes=config.table_cache,
             dtype=config.dtype,
             verify=config.verify,
+            table_io=config.table_io,
         )
     return Conversation(model, config)
 

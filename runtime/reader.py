@@ -1,28 +1,30 @@
-"""Rows wanted → rows in memory: dedupe, ask ahead, wait late. The seam's storage side; numpy only.
+"""Rows wanted → rows in memory: ask for all layers at once, wait late, decode in place. The seam's storage side.
 
-Shape letters: B batch, T positions, C columns, D width of a row, E = C * D, U distinct rows.
+Shape letters: B batch, T positions, C columns, D width of a row, E = C * D, N = B * T * C rows of one layer.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram import EngramError, Progress
 from engram.builders.process_memory import available_bytes, mapped_resident_bytes
-from engram.kernels.codecs import Bytes, Floats
+from engram.kernels import dispatch
+from engram.kernels.codecs import Bytes, Codec, find_codec
 from engram.quantize.mapped import Budget, MappedTable
+from engram.runtime.hot_rows import HotRows, Split
 
 Ints = NDArray[np.int64]
+Memory = NDArray[Any]  # float32, or uint16 that holds the bits of bf16
 
 PLACEMENTS = ("none", "ram", "disk")  # none: nothing is offloaded, rows lie decoded in memory
-COUNTERS = ("rows_asked", "rows_read", "bytes_read", "pages_touched")
+COUNTERS = ("rows_asked", "rows_read", "rows_hot", "bytes_read", "pages_read")
 
 
 class ReaderError(EngramError):
@@ -37,28 +39,30 @@ class HasTables(Protocol):
         """Mapped tables, by layer."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Wanted:
     """One layer's part of a ticket."""
 
-    shape: tuple[int, int, int]
-    rows_U: Ints  # ascending
-    inverse: Ints  # where in rows_U the row of each place is
-    asked: Future[None] | None
+    rows_BTC: Ints
+    asked: Any = None  # the table's own ticket, where rows come from the disk
+    split: Split | None = None  # where some of them come from the hot rows instead
 
 
-@dataclass(frozen=True)
 class Ticket:
     """Rows that were asked for, by layer. May be taken from any number of times."""
 
-    wanted: Mapping[int, _Wanted]
+    __slots__ = ("wanted",)
+
+    def __init__(self, wanted: dict[int, _Wanted]) -> None:
+        self.wanted = wanted
 
 
 class RowReader:
     """Delivers `memory_BTE` from a package's tables, in one of three placements that give the same bits.
 
     `none` holds decoded float32 rows in memory, `ram` the encoded rows, `disk` maps the files and keeps at most
-    `cache_bytes` of them resident (None: as the kernel likes). Several threads may use one reader.
+    `cache_bytes` of them resident (None: as the kernel likes). `hot` are rows of the disk's tables that are in memory
+    already, by layer: they stand in for a page that nobody asked for yet. Several threads may use one reader.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class RowReader:
         placement: str = "disk",
         *,
         cache_bytes: int | None = None,
+        hot: Mapping[int, HotRows] | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Raises ReaderError for an unknown placement or one that does not fit in memory, RowStoreError for damage."""
@@ -75,41 +80,44 @@ class RowReader:
         self.placement, self.tables = placement, dict(package.layers)
         self.table_bytes = sum(table.geometry.file_bytes for table in self.tables.values())
         self.budget = Budget(cache_bytes) if placement == "disk" and cache_bytes is not None else None
-        self._float: dict[int, Floats] = {}
-        self._encoded: dict[int, Bytes] = {}
+        self.hot = dict(hot or {}) if placement == "disk" else {}
+        self._held: dict[int, tuple[Codec, Bytes]] = {}  # tables in memory
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(COUNTERS, 0)
-        self._pool: ThreadPoolExecutor | None = None
-        if placement == "disk":
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="engram-read-ahead")
-            for table in self.tables.values():
-                if self.budget is not None:
-                    self.budget.adopt(table)
-        else:
+        if placement != "disk":
             self._load(progress or Progress())
+        elif self.budget is not None:
+            for table in self.tables.values():
+                self.budget.adopt(table)
+
+    @property
+    def row_io(self) -> str:
+        """How rows are read: the tables' way (mmap, uring, pread, numpy), or "memory"."""
+        ways = {table.io: None for table in self.tables.values()} if self.placement == "disk" else {"memory": None}
+        return "+".join(ways)
 
     def _load(self, progress: Progress) -> None:
         """Read all tables into memory, every page verified."""
-        row_bytes = {n: 4 * t.width if self.placement == "none" else t.row_bytes for n, t in self.tables.items()}
+        decoded = self.placement == "none"
+        row_bytes = {n: 4 * t.width if decoded else t.row_bytes for n, t in self.tables.items()}
         needed = sum(table.rows * row_bytes[n] for n, table in self.tables.items())
         room = available_bytes()
         if room is not None and needed > room:
             raise self._too_large(needed, f"{room:,} are available")
         try:
             for n, table in self.tables.items():
-                if self.placement == "none":
-                    self._float[n] = np.empty((table.rows, table.width), dtype=np.float32)
-                else:
-                    self._encoded[n] = np.empty((table.rows, table.row_bytes), dtype=np.uint8)
+                codec = find_codec("f32") if decoded else table.codec
+                self._held[n] = codec, np.empty((table.rows, row_bytes[n]), dtype=np.uint8)
         except MemoryError:
             raise self._too_large(needed, "the system refuses them") from None
         for n, table in self.tables.items():
+            held = self._held[n][1].view(np.float32) if decoded else self._held[n][1]
             with progress.task(f"layer {n} into memory", table.rows, "rows") as task:
                 for first, block in table.blocks():
-                    if self.placement == "none":
-                        table.codec.decode(block, table.width, out=self._float[n][first : first + len(block)])
+                    if decoded:
+                        table.codec.decode(block, table.width, out=held[first : first + len(block)])
                     else:
-                        self._encoded[n][first : first + len(block)] = block
+                        held[first : first + len(block)] = block
                     task.advance(len(block))
 
     def _too_large(self, needed: int, why: str) -> ReaderError:
@@ -121,87 +129,113 @@ class RowReader:
     def ask(self, rows: Mapping[int, Ints]) -> Ticket:
         """Want rows, by layer int64 [B, T, C]; returns at once while the disk is asked for them in the background.
 
-        Raises RowStoreError for a row outside its table, ReaderError for a layer without one.
+        Ask for all layers, and for all tokens that may come, in one call. The arrays must not change before the rows
+        were taken. Raises RowStoreError for a row outside its table, ReaderError for a layer without one.
         """
         wanted = {}
+        asked = 0
         for layer, rows_BTC in rows.items():
             table = self._table(layer)
             if rows_BTC.ndim != 3:
                 raise ReaderError(f"rows of layer {layer} have shape {list(rows_BTC.shape)}, expected [B, T, C]")
-            rows_U, inverse = np.unique(rows_BTC.astype(np.int64, copy=False).ravel(), return_inverse=True)
-            pages = 0
-            asked = None
-            if len(rows_U):
-                table.check_ids(int(rows_U[0]), int(rows_U[-1]))
-                if self._pool is not None:
-                    page_U = rows_U // table.rows_per_page
-                    distinct = page_U[np.flatnonzero(np.diff(page_U, prepend=-1))]
-                    pages = len(distinct)
-                    fresh = table.claim(distinct)
-                    asked = self._pool.submit(table.read_ahead, fresh) if fresh.size else None
-            b, t, c = rows_BTC.shape
-            wanted[layer] = _Wanted((b, t, c), rows_U, inverse, asked)
-            self._count(rows_asked=rows_BTC.size, pages_touched=pages)
+            rows_BTC = np.ascontiguousarray(rows_BTC, dtype=np.int64)
+            wanted[layer] = self._ask_layer(layer, table, rows_BTC) if rows_BTC.size else _Wanted(rows_BTC)
+            asked += rows_BTC.size
+        with self._lock:
+            self._counts["rows_asked"] += asked
         return Ticket(wanted)
 
-    def take(self, ticket: Ticket, layer: int, out: Floats | None = None) -> Floats:
-        """Wait for a layer's rows: `memory_BTE`, float32 [B, T, C * D], written into `out` where given.
+    def _ask_layer(self, layer: int, table: MappedTable, rows_BTC: Ints) -> _Wanted:
+        if self.placement != "disk":
+            table.check_ids(int(rows_BTC.min()), int(rows_BTC.max()))
+            return _Wanted(rows_BTC)
+        if (hot := self.hot.get(layer)) is not None:
+            rows_N = rows_BTC.reshape(-1)
+            table.check_ids(int(rows_N.min()), int(rows_N.max()))
+            split = hot.split(rows_N)
+            if split is not None:
+                return _Wanted(rows_BTC, table.ask(rows_N[split.cold_N]), split)
+        return _Wanted(rows_BTC, table.ask(rows_BTC))
 
-        Raises RowStoreError where a page is damaged, ReaderError for a layer that the ticket does not hold.
+    def take(self, ticket: Ticket, layer: int, out: Memory | None = None) -> Memory:
+        """Wait for a layer's rows: `memory_BTE` [B, T, C * D], decoded into `out` where given.
+
+        `out` is float32, or uint16 for the bits of bf16 (rounded to nearest even). Without `out` every call returns
+        memory of its own, which the caller may keep: a decode step's is small enough that the allocator hands out the
+        same block again. Raises RowStoreError where a page is damaged, ReaderError for a layer that was not asked for.
         """
         table = self._table(layer)
         if layer not in ticket.wanted:
             raise ReaderError(f"rows of layer {layer} were not asked for, only of {sorted(ticket.wanted)}")
         wanted = ticket.wanted[layer]
-        b, t, c = wanted.shape
+        b, t, c = wanted.rows_BTC.shape
         if out is None:
             out = np.empty((b, t, c * table.width), dtype=np.float32)
-        if out.shape != (b, t, c * table.width) or out.dtype != np.float32 or not out.flags.c_contiguous:
-            raise ReaderError(f"out must be contiguous float32 {[b, t, c * table.width]}, found {list(out.shape)}")
-        if not wanted.rows_U.size:
+        elif (out.shape != (b, t, c * table.width) or out.dtype not in (np.float32, np.uint16)
+              or not out.flags.c_contiguous):  # fmt: skip
+            raise ReaderError(
+                f"out must be contiguous float32 (or uint16) {[b, t, c * table.width]}, found {out.dtype} "
+                f"{list(out.shape)}"
+            )
+        rows = wanted.rows_BTC.size
+        if not rows:
             return out
-        if wanted.asked is not None:
-            wanted.asked.result()
-        rows_UD = self._rows(table, layer, wanted.rows_U)
-        flat = out.reshape(-1, table.width)
-        np.take(rows_UD, wanted.inverse, axis=0, out=flat, mode="clip")  # "raise" would copy through a buffer
-        stored = 4 * table.width if self.placement == "none" else table.row_bytes
-        self._count(rows_read=len(wanted.rows_U), bytes_read=len(wanted.rows_U) * stored)
+        served = 0
+        if self.placement != "disk":
+            codec, held = self._held[layer]
+            dispatch.ops().gather(codec, held, wanted.rows_BTC, out, width=table.width, threads=0)
+            row_bytes = held.shape[1]
+        else:
+            row_bytes = table.row_bytes
+            if wanted.split is None:
+                table.take(wanted.asked, out, threads=0)
+            else:
+                served = len(wanted.split.hot_N)
+                self._take_split(layer, table, wanted, wanted.split, out.reshape(-1, table.width))
+        with self._lock:
+            self._counts["rows_read"] += rows - served
+            self._counts["rows_hot"] += served
+            self._counts["bytes_read"] += (rows - served) * row_bytes
         return out
 
-    def _rows(self, table: MappedTable, layer: int, rows_U: Ints) -> Floats:
-        if self.placement == "none":
-            return np.take(self._float[layer], rows_U, axis=0)
-        if self.placement == "ram":
-            return table.codec.decode(np.take(self._encoded[layer], rows_U, axis=0), table.width)
-        return table.codec.decode(table.gather(rows_U), table.width)
+    def _take_split(self, layer: int, table: MappedTable, wanted: _Wanted, split: Split, out_ND: Memory) -> None:
+        """Some rows from the hot rows, the others from the table."""
+        hot = self.hot[layer]
+        part = np.empty((len(split.hot_N), table.width), dtype=out_ND.dtype)
+        out_ND[split.hot_N] = dispatch.ops().gather(
+            hot.codec, hot.bytes_UK, split.kept_N[:, None], part, width=table.width, threads=0
+        )
+        if split.cold_N.size:
+            part = np.empty((len(split.cold_N), table.width), dtype=out_ND.dtype)
+            table.take(wanted.asked, part, threads=0)
+            out_ND[split.cold_N] = part
 
     def _table(self, layer: int) -> MappedTable:
         if layer not in self.tables:
             raise ReaderError(f"layer {layer} has no table, the package has layers {sorted(self.tables)}")
         return self.tables[layer]
 
-    def _count(self, **more: int) -> None:
-        with self._lock:
-            for name, number in more.items():
-                self._counts[name] += number
-
     def counters(self) -> dict[str, int]:
-        """Rows asked for, distinct rows read, their bytes as stored in this placement, pages of files they lie on."""
+        """Rows asked for; rows decoded from the tables, their stored bytes; rows that the hot rows served; pages.
+
+        `pages_read` counts the distinct 4 KiB pages that the device was asked for (0 where tables lie in memory).
+        """
         with self._lock:
-            return dict(self._counts)
+            counts = dict(self._counts)
+        if self.placement == "disk":
+            counts["pages_read"] = sum(table.pages_read for table in self.tables.values())
+        return counts
 
     def resident_bytes(self) -> int | None:
         """Bytes of the tables that are in this process's memory now; None where the system does not tell."""
         if self.placement == "disk":
-            return mapped_resident_bytes(table.path for table in self.tables.values())
-        return sum(a.nbytes for a in self._float.values()) + sum(a.nbytes for a in self._encoded.values())
+            mapped = mapped_resident_bytes(path for table in self.tables.values() for path in table.paths)
+            return None if mapped is None else mapped + sum(hot.bytes_UK.nbytes for hot in self.hot.values())
+        return sum(held.nbytes for _, held in self._held.values())
 
     def close(self) -> None:
-        """End the background thread, unmap the tables and let go of rows in memory."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        """Unmap the tables and let go of rows in memory."""
         for table in self.tables.values():
             table.close()
-        self._float.clear()
-        self._encoded.clear()
+        self._held.clear()
+        self.hot.clear()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +16,9 @@ import torch
 
 from engram.builders.checkpoint import open_checkpoint
 from engram.builders.engram import Table
-from engram.quantize.package import ExportConfig, export_package, open_package
+from engram.builders.process_memory import cached_bytes
+from engram.kernels import dispatch
+from engram.quantize.package import ExportConfig, PackageError, export_package, open_package
 from engram.quantize.tables import QuantizeConfig, quantize
 from engram.runtime import engine
 from engram.runtime.engine import EngineError, Model, probabilities
@@ -105,6 +112,99 @@ def test_placements_give_identical_tokens(kind: str, request: pytest.FixtureRequ
         rows = sum(table.rows for table in opened.layers.values())
     assert results["none"]["table_resident_bytes"] == rows * 8 * 4
     assert results["disk"]["table_resident_bytes"] > 0  # of every mapping, the other fixtures' too
+
+
+def test_a_run_says_how_its_rows_were_read(package: Path) -> None:
+    results = {
+        offload: run(RunConfig(package, prompt="The memory", offload=offload, max_tokens=2), lambda text: None)
+        for offload in ("ram", "disk")
+    }
+    with open_package(package) as opened:
+        assert results["disk"]["row_io"] == opened.layers[1].io
+    assert results["ram"]["row_io"] == "memory"
+    assert results["disk"]["kernels"] == dispatch.name() in dispatch.available()
+
+
+@pytest.mark.parametrize("verify", ["first-touch", "open", "off"])
+def test_the_ways_to_verify_and_to_read_give_the_same_text(package: Path, verify: str) -> None:
+    config = RunConfig(package, prompt=tiny.TEXT, max_tokens=5)
+    expected = run(config, lambda text: None)["token_ids"]
+    result = run(replace(config, verify=verify, table_io="numpy"), lambda text: None)
+    assert (result["token_ids"], result["row_io"]) == (expected, "numpy")
+
+
+def test_a_way_to_read_that_cannot_be_had_is_refused(package: Path) -> None:
+    with pytest.raises(PackageError, match="io 'tape' is not known"):
+        Model.open(package, table_io="tape")
+    with pytest.raises(EngineError, match="table_io 'mmap' says how rows are read from the disk"):
+        Model.open(package, offload="ram", table_io="mmap")
+    with pytest.raises(PackageError, match="verify 'never' is not known"):
+        Model.open(package, verify="never")
+
+
+def test_rows_are_asked_for_before_anything_else_happens(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling is followed by asking, then by words; a prefill asks for a chunk before it computes the last one."""
+    seen: list[str] = []
+
+    def note(owner: Any, name: str) -> None:
+        worked = getattr(owner, name)
+
+        def noted(*given: Any, **named: Any) -> Any:
+            seen.append(name)
+            return worked(*given, **named)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(model.reader, "ask")
+    note(model.engram, "forward")
+    note(Sampler, "pick")
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", 4)
+    ids = model.encode(tiny.TEXT)[:10]
+    for _ in generate(model.session(), ids, Sampler(0, 1, 0), 3):
+        seen.append("words")
+    prefill = ["ask", "ask", "forward", "ask", "forward", "forward"]
+    assert seen == [*prefill, *["pick", "ask", "words", "forward"] * 2, "pick", "words"]
+
+
+def test_layers_wait_for_their_rows_one_by_one(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of a deeper layer are taken when that layer is reached, not when the first one is."""
+    order: list[str] = []
+    take = model.reader.take
+    monkeypatch.setattr(model.reader, "take", lambda ticket, n: order.append(f"rows {n}") or take(ticket, n))
+    hooks = [
+        block.register_forward_hook(lambda *_, n=n: order.append(f"block {n}"))
+        for n, block in enumerate(model.engram.blocks, start=1)
+    ]
+    try:
+        model.session().feed(model.encode("The memory"))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert [word for word in order if word.startswith("rows")] == ["rows 1", "rows 3"]
+    assert order.index("rows 3") > order.index("block 2"), order
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the page cache cannot be told anything here")
+def test_weights_that_were_copied_leave_the_page_cache_to_the_tables(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "package"  # of its own: pages that another model maps stay in the cache
+    shutil.copytree(package, folder)
+    weights = folder / "backbone" / "model.safetensors"
+    with weights.open("rb") as file:
+        os.fsync(file.fileno())
+    sizes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    for room, offload, dtype, stays in (
+        (None, "disk", "bfloat16", True), (sizes, "disk", "bfloat16", True), (1, "none", "bfloat16", True),
+        (1, "disk", "float32", True), (1, "disk", "bfloat16", False),
+    ):  # fmt: skip
+        monkeypatch.setattr(engine, "available_bytes", lambda room=room: room)
+        weights.read_bytes()
+        model = Model.open(folder, offload=offload, dtype=dtype)
+        assert bool(cached_bytes(weights)) == stays, (room, offload, dtype)
+        model.close()
+        del model
+        gc.collect()
 
 
 def test_run_streams_what_it_returns(package: Path) -> None:

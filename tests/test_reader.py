@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from widths import fitting
 
 from engram.builders import process_memory
@@ -88,6 +89,52 @@ def test_threads_share_a_reader(tmp_path: Path, placement: str) -> None:
     reader.close()
 
 
+@pytest.mark.parametrize("codec", ["int8", "f32"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_rows_come_as_bf16_where_the_buffer_asks_for_it(tmp_path: Path, placement: str, codec: str) -> None:
+    package, decoded = tables(tmp_path, codec)
+    reader = RowReader(package, placement)
+    rows = random_rows((2, 9, 8))
+    out = np.full((2, 9, 8 * 72), 0xFFFF, dtype=np.uint16)
+    assert reader.take(reader.ask(rows), 5, out=out) is out
+    expected = torch.from_numpy(decoded[5][rows[5]].reshape(2, 9, -1)).to(torch.bfloat16)
+    assert torch.equal(torch.from_numpy(out).view(torch.bfloat16), expected)
+    reader.close()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_candidates_are_asked_for_together(tmp_path: Path, placement: str) -> None:
+    """Speculative tokens are further entries of the batch: one call, every page once, the rows of each by its place."""
+    package, decoded = tables(tmp_path)
+    reader = RowReader(package, placement)
+    candidates = random_rows((5, 3, 16), seed=9)
+    memory = reader.take(ticket := reader.ask(candidates), 1)
+    pages = reader.counters()["pages_read"]
+    for b in range(5):
+        alone = reader.take(reader.ask({1: candidates[1][b : b + 1]}), 1)
+        assert alone.tobytes() == memory[b].tobytes() == decoded[1][candidates[1][b]].tobytes()
+    assert reader.counters()["pages_read"] == pages, "nothing is asked of the device a second time"
+    assert reader.take(ticket, 5).tobytes() == decoded[5][candidates[5]].tobytes()
+    reader.close()
+
+
+def test_what_was_taken_stays_as_it_is(tmp_path: Path) -> None:
+    package, decoded = tables(tmp_path)
+    reader = RowReader(package)
+    kept = []
+    for seed in range(8):
+        rows = random_rows((1, 1, 16), seed)
+        kept.append((reader.take(reader.ask(rows), 1), decoded[1][rows[1]].tobytes()))
+    assert all(memory.tobytes() == expected for memory, expected in kept)
+    reader.close()
+
+
+def test_a_reader_says_how_rows_are_read(tmp_path: Path) -> None:
+    package, _ = tables(tmp_path)
+    assert RowReader(package, "ram").row_io == RowReader(package, "none").row_io == "memory"
+    assert RowReader(package).row_io == package.layers[1].io
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)])
 def test_an_empty_batch_is_an_empty_answer(tmp_path: Path, placement: str, shape: tuple[int, int, int]) -> None:
@@ -100,14 +147,16 @@ def test_an_empty_batch_is_an_empty_answer(tmp_path: Path, placement: str, shape
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_counters_count_distinct_rows(tmp_path: Path, placement: str) -> None:
+def test_counters_count_rows_bytes_and_pages(tmp_path: Path, placement: str) -> None:
     package, _ = tables(tmp_path)  # 42 bytes a row, 97 rows a page
     reader = RowReader(package, placement)
-    reader.take(reader.ask({1: np.array([[[7, 7, 96], [97, 7, 7]]])}), 1)
+    ticket = reader.ask({1: np.array([[[7, 7, 96], [97, 7, 7]]])})
+    reader.take(ticket, 1)
     stored = 288 if placement == "none" else 42
-    assert reader.counters() == {
-        "rows_asked": 6, "rows_read": 3, "bytes_read": 3 * stored, "pages_touched": 2 if placement == "disk" else 0,
-    }  # fmt: skip
+    expected = {"rows_asked": 6, "rows_read": 6, "rows_hot": 0, "bytes_read": 6 * stored}
+    assert reader.counters() == expected | {"pages_read": 2 if placement == "disk" else 0}
+    reader.take(reader.ask({1: np.full((1, 1, 1), 8)}), 1)
+    assert reader.counters()["pages_read"] == (2 if placement == "disk" else 0), "a page is asked for once"
     assert reader.table_bytes == sum(table.path.stat().st_size for table in package.layers.values())
     reader.close()
 

@@ -92,6 +92,8 @@ class RowTable:
     """
 
     what = "table file"
+    pages: int  # pages, or blocks of 4096 bytes, that rows lie on
+    file_bytes: int  # of these and what describes them
 
     def __init__(
         self, path: Path, handles: Sequence[int], places: Places, *, codec: Codec, rows: int, width: int, layer: int,
@@ -108,7 +110,7 @@ class RowTable:
 
     @property
     def paths(self) -> list[Path]:
-        """The files that rows are read from."""
+        """The files that are open, as they are numbered in `Places`."""
         return [self.path]
 
     @property
@@ -221,6 +223,10 @@ class RowTable:
         """(first row, encoded rows [n, K]) of the whole table in order, read beside the mapping; always verified."""
         raise NotImplementedError
 
+    def seal(self) -> str:
+        """SHA-256 of what pins every byte of the rows: headers and checksums."""
+        raise NotImplementedError
+
     def verify_all(self) -> None:
         """Compare every checksum now; what is later read again is compared again only where the file changed."""
         for _ in self.blocks():
@@ -293,7 +299,7 @@ class MappedTable(RowTable):
     def __init__(self, path: Path, handle: int, geometry: Geometry, verify: str, io: str) -> None:
         self.geometry = geometry
         self.rows_per_page, self.pages = geometry.rows_per_page, geometry.pages
-        self._begin = len(geometry.header)
+        self.file_bytes, self._begin = geometry.file_bytes, len(geometry.header)
         places = Places(
             files=[File(handle, geometry.file_bytes)],
             runs=[Run(0, self._begin // PAGE, self.pages, 0)],
@@ -367,7 +373,7 @@ class MappedTable(RowTable):
             yield begin, rows[: self.rows - begin]
 
     def seal(self) -> str:
-        """SHA-256 of the file without its pages: header and checksums, which together pin every byte."""
+        """SHA-256 of the file without its pages: header and checksums."""
         digest = hashlib.sha256(self.geometry.header)
         end = self.geometry.file_bytes
         for offset in range(self._begin + self.pages * PAGE, end, 1 << 20):

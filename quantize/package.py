@@ -25,8 +25,9 @@ from engram.builders.fetch import hash_file
 from engram.builders.layout import Layout
 from engram.kernels.codecs import find_codec
 from engram.quantize import tables as quantized
+from engram.quantize.extent_table import open_table
 from engram.quantize.folder import check_target, copy_hashed
-from engram.quantize.mapped import MappedTable
+from engram.quantize.mapped import RowTable
 from engram.quantize.row_store import RowWriter, TableFile, write_table
 
 FORMAT = "engram-package"
@@ -71,7 +72,7 @@ class Package:
     folder: Path
     manifest: dict[str, Any]
     layout: Layout
-    layers: dict[int, MappedTable]
+    layers: dict[int, RowTable]
 
     @property
     def backbone(self) -> BackboneRef:
@@ -152,7 +153,7 @@ def export_package(config: ExportConfig, progress: Progress | None = None) -> di
 
 
 @contextmanager
-def _source(folder: Path) -> Iterator[tuple[dict[str, Any], Layout, dict[int, MappedTable] | None]]:
+def _source(folder: Path) -> Iterator[tuple[dict[str, Any], Layout, dict[int, RowTable] | None]]:
     """Manifest, layout and mapped tables of what is to be exported; no mapped tables where they are still float."""
     versions = {checkpoints.FORMAT: checkpoints.VERSION, quantized.FORMAT: quantized.VERSION, FORMAT: VERSION}
     manifest = checkpoints.read_manifest(folder, versions)
@@ -172,7 +173,7 @@ def _source(folder: Path) -> Iterator[tuple[dict[str, Any], Layout, dict[int, Ma
 
 
 def _write_table(
-    source: Path, layer: int, layout: Layout, layers: dict[int, MappedTable] | None, folder: Path, progress: Progress
+    source: Path, layer: int, layout: Layout, layers: dict[int, RowTable] | None, folder: Path, progress: Progress
 ) -> TableFile:
     """A float table as codec f32, or the rows of a table file written again after their checksums were compared."""
     rows, width, target = layout.table_rows[layer], layout.head_dim, folder / table_file(layer)
@@ -241,7 +242,7 @@ def _cached(name: str) -> str:
 
 
 def open_package(folder: Path, *, verify: str = "first-touch", io: str = "auto") -> Package:
-    """Check a package as FORMAT.md section 3.2 says and map its tables; `verify` and `io` are MappedTable.open's.
+    """Check a package as FORMAT.md section 3.2 says and open its tables; `verify` and `io` are RowTable's.
 
     Raises PackageError, naming the file and what is wrong with it.
     """
@@ -328,7 +329,7 @@ def _file_problems(folder: Path, manifest: dict[str, Any], *, whole: bool) -> It
 
 def _open_tables(
     folder: Path, manifest: dict[str, Any], layout: Layout, verify: str, io: str = "auto"
-) -> dict[int, MappedTable]:
+) -> dict[int, RowTable]:
     """Map the tables after comparing each with manifest and layout; all are closed again if one is refused."""
     for name in ("tables", "gate"):
         if sorted(map(int, manifest[name])) != sorted(layout.layers):
@@ -336,7 +337,7 @@ def _open_tables(
                 f"{folder / MANIFEST} has {name} for layers {sorted(map(int, manifest[name]))}, "
                 f"its layout has {sorted(layout.layers)}"
             )
-    opened: dict[int, MappedTable] = {}
+    opened: dict[int, RowTable] = {}
     try:
         for layer in layout.layers:
             opened[layer] = _open_table(folder, manifest["tables"][str(layer)], layer, layout, verify, io)
@@ -349,7 +350,7 @@ def _open_tables(
 
 def _open_table(
     folder: Path, entry: dict[str, Any], layer: int, layout: Layout, verify: str, io: str = "auto"
-) -> MappedTable:
+) -> RowTable:
     wanted = {"rows": layout.table_rows[layer], "width": layout.head_dim}
     for name, value in wanted.items():
         if entry[name] != value:
@@ -358,7 +359,7 @@ def _open_table(
     find_codec(entry["codec"], entry["codec_version"])
     if not _is_plain(entry["file"]):
         raise PackageError(f"{folder / MANIFEST} names a file {entry['file']!r}, which may lie outside the package")
-    table = MappedTable.open(
+    table = open_table(
         folder / entry["file"], codec=entry["codec"], layer=layer, verify=verify, io=io, **wanted
     )
     if table.seal() != entry["seal"]:

@@ -87,7 +87,7 @@ class Model:
     ) -> Model:
         """Open a package with its tables in the given placement (none | ram | disk).
 
-        `verify` and `table_io` are MappedTable.open's. On disk the package's hot rows are used where it has some.
+        `verify` and `table_io` are RowTable.open's. On disk the package's hot rows are used where it has some.
         Raises PackageError where the package is damaged or `table_io` cannot be had here, ReaderError where the
         placement does not fit, EngineError for a `table_io` with tables that lie in memory, HotRowsError where the hot
         rows are another table's.

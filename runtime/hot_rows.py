@@ -24,7 +24,7 @@ from engram import EngramError
 from engram.builders.atomic import write_whole
 from engram.builders.fetch import cache_folder
 from engram.kernels.codecs import Bytes, Codec
-from engram.quantize.mapped import MappedTable
+from engram.quantize.mapped import RowTable
 from engram.quantize.row_store import PAGE
 
 Ints = NDArray[np.int64]
@@ -54,7 +54,7 @@ class HasManifest(Protocol):
         """Its manifest: the seals of its tables."""
 
     @property
-    def layers(self) -> Mapping[int, MappedTable]:
+    def layers(self) -> Mapping[int, RowTable]:
         """Its tables."""
 
 
@@ -73,7 +73,7 @@ class HotRows:
     A mark that is wrong (pages were dropped again; threads met) costs time, never a row.
     """
 
-    def __init__(self, table: MappedTable, rows_U: Ints, bytes_UK: Bytes) -> None:
+    def __init__(self, table: RowTable, rows_U: Ints, bytes_UK: Bytes) -> None:
         self.codec: Codec = table.codec
         self.rows_U, self.bytes_UK = rows_U, bytes_UK
         self._per_page = max(1, PAGE // table.row_bytes)
@@ -158,7 +158,7 @@ def save(path: Path, rows_U: Ints, bytes_UK: Bytes, *, layer: int, seal: str) ->
     return len(content)
 
 
-def load(path: Path, table: MappedTable, seal: str) -> HotRows:
+def load(path: Path, table: RowTable, seal: str) -> HotRows:
     """Read the hot rows of a table.
 
     Raises HotRowsError where the file is damaged or of another version, or was taken from a table with another seal.

@@ -17,7 +17,7 @@ from engram import EngramError, Progress
 from engram.builders.process_memory import available_bytes, mapped_resident_bytes
 from engram.kernels import dispatch
 from engram.kernels.codecs import Bytes, Codec, find_codec
-from engram.quantize.mapped import Budget, MappedTable
+from engram.quantize.mapped import Budget, RowTable
 from engram.runtime.hot_rows import HotRows, Split
 
 Ints = NDArray[np.int64]
@@ -35,7 +35,7 @@ class HasTables(Protocol):
     """What a reader needs of a package."""
 
     @property
-    def layers(self) -> Mapping[int, MappedTable]:
+    def layers(self) -> Mapping[int, RowTable]:
         """Mapped tables, by layer."""
 
 
@@ -78,7 +78,7 @@ class RowReader:
         if placement not in PLACEMENTS:
             raise ReaderError(f"placement {placement!r} is not known", hint="use one of: " + ", ".join(PLACEMENTS))
         self.placement, self.tables = placement, dict(package.layers)
-        self.table_bytes = sum(table.geometry.file_bytes for table in self.tables.values())
+        self.table_bytes = sum(table.file_bytes for table in self.tables.values())
         self.budget = Budget(cache_bytes) if placement == "disk" and cache_bytes is not None else None
         self.hot = dict(hot or {}) if placement == "disk" else {}
         self._held: dict[int, tuple[Codec, Bytes]] = {}  # tables in memory
@@ -145,7 +145,7 @@ class RowReader:
             self._counts["rows_asked"] += asked
         return Ticket(wanted)
 
-    def _ask_layer(self, layer: int, table: MappedTable, rows_BTC: Ints) -> _Wanted:
+    def _ask_layer(self, layer: int, table: RowTable, rows_BTC: Ints) -> _Wanted:
         if self.placement != "disk":
             table.check_ids(int(rows_BTC.min()), int(rows_BTC.max()))
             return _Wanted(rows_BTC)
@@ -198,7 +198,7 @@ class RowReader:
             self._counts["bytes_read"] += (rows - served) * row_bytes
         return out
 
-    def _take_split(self, layer: int, table: MappedTable, wanted: _Wanted, split: Split, out_ND: Memory) -> None:
+    def _take_split(self, layer: int, table: RowTable, wanted: _Wanted, split: Split, out_ND: Memory) -> None:
         """Some rows from the hot rows, the others from the table."""
         hot = self.hot[layer]
         part = np.empty((len(split.hot_N), table.width), dtype=out_ND.dtype)
@@ -210,7 +210,7 @@ class RowReader:
             table.take(wanted.asked, part, threads=0)
             out_ND[split.cold_N] = part
 
-    def _table(self, layer: int) -> MappedTable:
+    def _table(self, layer: int) -> RowTable:
         if layer not in self.tables:
             raise ReaderError(f"layer {layer} has no table, the package has layers {sorted(self.tables)}")
         return self.tables[layer]

@@ -88,7 +88,9 @@ def test_a_row_outside_the_table_is_refused(tmp_path: Path, row: int, io: str) -
 def test_an_output_that_does_not_fit_is_refused(tmp_path: Path, io: str) -> None:
     path, _ = table_file(tmp_path)
     rows = np.arange(10)
-    outs = [np.empty((9, WIDTH), np.float32), np.empty((10, WIDTH), np.float64), np.empty((10, 2 * WIDTH), np.float32)]
+    outs: list[Any] = [
+        np.empty((9, WIDTH), np.float32), np.empty((10, WIDTH), np.float64), np.empty((10, 2 * WIDTH), np.float32)
+    ]  # fmt: skip
     readonly = np.empty((10, WIDTH), np.float32)
     readonly.flags.writeable = False
     with open_or_skip(path, io) as table:
@@ -208,8 +210,9 @@ if child:
     print("both")
 """
     if io == "numpy":
-        code = code.replace("ticket = table.ask(rows)\nchild = os.fork()", "child = os.fork()\nticket = table.ask(rows)")
-        code = code.replace("table.gather(rows[:60])\n", "")  # its thread does not survive a fork
+        # Its thread does not survive a fork: the child must ask first.
+        lines = "ticket = table.ask(rows)\n", "child = os.fork()\n"
+        code = code.replace("table.gather(rows[:60])\n", "").replace("".join(lines), "".join(lines[::-1]))
     child = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60)
     assert (child.returncode, child.stdout) == (0, "both\n"), child.stderr
 

@@ -21,6 +21,7 @@ from engram.builders.checkpoint import CheckpointError, save_checkpoint
 from engram.builders.fetch import hash_file
 from engram.builders.layout import Layout
 from engram.kernels.codecs import CODECS, Floats
+from engram.quantize.extents import Source, map_extents
 from engram.quantize.package import ExportConfig, PackageError, export_package, open_package, verify_package
 from engram.quantize.row_store import RowStoreError, write_table
 from engram.quantize.tables import QuantizeConfig, quantize
@@ -393,6 +394,57 @@ def test_an_altered_large_backbone_file_is_found_by_verify(package: Path) -> Non
     flip(package / "backbone" / "model.safetensors", 1 << 20)
     open_package(package).close()
     assert "model.safetensors has SHA-256" in verify_package(package)["problems"][0]
+
+
+@pytest.fixture
+def mapped(package: Path, tmp_path: Path) -> Path:
+    """The package with the rows of layer 5 in a foreign file, which an extent map names."""
+    expected = every_row(package)
+    with open_package(package) as opened:
+        codec, rows = opened.layers[5].codec, opened.layers[5].gather(np.arange(opened.layers[5].rows))
+    (tmp_path / "foreign").write_bytes(b"not ours" + rows.tobytes())
+    made = package / "tables" / "layer-05.extents.safetensors"
+    source = Source(tmp_path / "foreign", 8, rows.shape[1], rows.shape[1], len(rows))
+    map_extents(made, [[source]], codec, rows=len(rows), width=WIDTH, layer=5)
+
+    def change(manifest: dict[str, Any]) -> None:
+        digest, size = hashlib.sha256(made.read_bytes()).hexdigest(), made.stat().st_size
+        name = f"tables/{made.name}"
+        manifest["tables"]["5"] |= {"file": name, "bytes": size, "sha256": digest, "seal": digest}
+        del manifest["bytes"]["tables/layer-05.safetensors"]
+        manifest["bytes"][name] = size
+
+    (package / "tables" / "layer-05.safetensors").unlink()
+    relabelled(change)(package)
+    found = every_row(package)
+    assert found.keys() == expected.keys() and all(np.array_equal(found[n], expected[n]) for n in expected)
+    return package
+
+
+def test_a_table_may_be_an_extent_map(mapped: Path, tmp_path: Path) -> None:
+    assert verify_package(mapped)["ok"]
+    export_package(ExportConfig(mapped, tmp_path / "again"))  # its rows move in
+    assert (tmp_path / "again" / "tables" / "layer-05.safetensors").is_file()
+    expected = every_row(mapped)
+    assert all(np.array_equal(rows, expected[n]) for n, rows in every_row(tmp_path / "again").items())
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: flip(folder / "foreign", 100), "foreign (layer 5) is damaged: page 0"),
+        (lambda folder: shorten("foreign")(folder), "foreign has "),
+        (lambda folder: (folder / "foreign").unlink(), "foreign cannot be opened: No such file"),
+        (lambda folder: flip(folder / "package/tables/layer-05.extents.safetensors", 30), "extent map"),
+    ],
+)
+def test_a_damaged_extent_map_or_its_file_is_refused(
+    mapped: Path, tmp_path: Path, damage: Callable[[Path], object], words: str
+) -> None:
+    damage(tmp_path)
+    assert any(words in problem for problem in verify_package(mapped)["problems"])
+    with pytest.raises((PackageError, RowStoreError), match=re.escape(words)):
+        every_row(mapped)
 
 
 def test_verify_finds_a_row_without_a_finite_scale(package: Path) -> None:

@@ -87,7 +87,7 @@ class Model:
     ) -> Model:
         """Open a package with its tables in the given placement (none | ram | disk).
 
-        `verify` and `table_io` are RowTable.open's. On disk the package's hot rows are used where it has some.
+        `verify` and `table_io` are RowTable.open's. On disk, hot rows are used if the tables are cold.
         Raises PackageError where the package is damaged or `table_io` cannot be had here, ReaderError where the
         placement does not fit, EngineError for a `table_io` with tables that lie in memory, HotRowsError where the hot
         rows are another table's.
@@ -99,8 +99,7 @@ class Model:
             )
         package = open_package(folder, verify=verify, io=table_io)
         try:
-            kept = hot_rows.find(package) if offload == "disk" else None
-            hot = None if kept is None else hot_rows.load_all(package, kept)
+            hot = hot_rows.for_reader(package) if offload == "disk" else None
             return cls(package, RowReader(package, offload, cache_bytes=cache_bytes, hot=hot), dtype)
         except BaseException:
             package.close()

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from engram import EngramError
 from engram.builders.atomic import write_whole
 from engram.builders.fetch import cache_folder
+from engram.builders.process_memory import cached_share
 from engram.kernels.codecs import Bytes, Codec
 from engram.quantize.mapped import RowTable
 from engram.quantize.row_store import PAGE
@@ -32,6 +33,7 @@ Ints = NDArray[np.int64]
 FORMAT = "engram-hot-rows"
 VERSION = 1
 FOLDER = "hot"
+WARM = 0.9  # of a table's pages are cached: the hot rows stay on the disk
 CACHED = ("mmap", "numpy", "pread")  # ways of reading a table after which its pages stay in the page cache
 _ALIGN = 64
 _FIELDS = {"format", "version", "layer", "seal", "crc32"}
@@ -111,6 +113,18 @@ def places(package: HasManifest) -> tuple[Path, Path]:
 def find(package: HasManifest) -> Path | None:
     """The folder with the package's hot rows, or None."""
     return next((folder for folder in places(package) if folder.is_dir()), None)
+
+
+def for_reader(package: HasManifest) -> dict[int, HotRows]:
+    """The package's hot rows where they can help: not while its tables are in the page cache already.
+
+    Raises HotRowsError as `load_all`.
+    """
+    folder = find(package)
+    if folder is None:
+        return {}
+    shares = [cached_share(path) for table in package.layers.values() for path in table.paths]
+    return {} if all(share is not None and share > WARM for share in shares) else load_all(package, folder)
 
 
 def drop(package: HasManifest) -> list[Path]:

@@ -147,11 +147,11 @@ class RowReader:
 
     def _ask_layer(self, layer: int, table: RowTable, rows_BTC: Ints) -> _Wanted:
         if self.placement != "disk":
-            table.check_ids(int(rows_BTC.min()), int(rows_BTC.max()))
+            _check_ids(table, rows_BTC)
             return _Wanted(rows_BTC)
         if (hot := self.hot.get(layer)) is not None:
             rows_N = rows_BTC.reshape(-1)
-            table.check_ids(int(rows_N.min()), int(rows_N.max()))
+            _check_ids(table, rows_N)
             split = hot.split(rows_N)
             if split is not None:
                 return _Wanted(rows_BTC, table.ask(rows_N[split.cold_N]), split)
@@ -239,3 +239,9 @@ class RowReader:
             table.close()
         self._held.clear()
         self.hot.clear()
+
+
+def _check_ids(table: RowTable, rows: Ints) -> None:
+    """RowStoreError for a row outside the table; seen as unsigned, negative ids are the largest."""
+    if int(rows.view(np.uint64).max()) >= table.rows:
+        table.check_ids(int(rows.min()), int(rows.max()))

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from engram import Progress
 from engram.builders.corpus import CorpusConfig
-from engram.builders.process_memory import cached_bytes, forget_cached, is_mapped
+from engram.builders.process_memory import cached_bytes, cached_share, forget_cached, is_mapped
 from engram.quantize.package import ExportConfig, Package, export_package, open_package, verify_package
 from engram.quantize.tables import QuantizeConfig, quantize
 from engram.runtime import hot_rows, warm
@@ -39,6 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A package without hot rows, and a cache folder of the test's own."""
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hot_rows, "cached_share", lambda path: 0.5)  # so small a table is always in the page cache
     with open_package(made) as package:
         hot_rows.drop(package)
     return made
@@ -137,6 +138,16 @@ def test_the_command_counts_measures_and_keeps(folder: Path, text: CorpusConfig,
     plain = run(RunConfig(folder, prompt=tiny.TEXT, max_tokens=20), lambda piece: None)
     assert plain["rows_hot"] == 0 and plain["token_ids"] == hot_text["token_ids"]
     assert warm.drop(folder) == {"removed": []}
+
+
+def test_a_table_that_is_in_memory_needs_no_hot_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_package(folder) as package:
+        keep(package, rows_of(package), folder / "hot")
+        assert hot_rows.for_reader(package).keys() == {1, 3}
+        monkeypatch.setattr(hot_rows, "cached_share", lambda path: None)  # a system that does not tell
+        assert hot_rows.for_reader(package).keys() == {1, 3}
+        monkeypatch.setattr(hot_rows, "cached_share", lambda path: 0.95)
+        assert hot_rows.for_reader(package) == {}
 
 
 def test_what_does_not_help_is_removed(
@@ -304,9 +315,9 @@ def test_the_cache_forgets_a_file_and_says_so(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write(bytes(1 << 20))
         os.fsync(file.fileno())
-    assert cached_bytes(path) == 1 << 20
+    assert cached_bytes(path) == 1 << 20 and cached_share(path) == 1.0
     forget_cached(path)
-    assert cached_bytes(path) == 0 and not is_mapped(path)
+    assert cached_bytes(path) == 0 and cached_share(path) == 0.0 and not is_mapped(path)
     with path.open("rb") as file:
         file.read(4096)
     assert cached_bytes(path)

@@ -1,8 +1,8 @@
 """The rows that a user's own text reads most, kept beside a package: the file, and how a reader serves them.
 
-`hot/layer-NN.safetensors` holds the ids of some rows (I64 [U], ascending) and their stored bytes (U8 [U, K]), with the
-seal of the table that they were taken from and a checksum. It is read from beginning to end when a package is opened
-with its tables on disk: one sequential read in place of U scattered ones. engram warm (warm.py) writes it.
+`hot/layer-NN.safetensors` holds the ids of some rows and their stored bytes, with the seal of the table that they were
+taken from and a checksum (FORMAT.md section 5). It is read from beginning to end when a package is opened with its
+tables on disk and cold: one sequential read in place of U scattered ones. engram warm (warm.py) writes it.
 
 Shape letters: U rows kept, K bytes a row, N rows asked for.
 """
@@ -123,8 +123,12 @@ def for_reader(package: HasManifest) -> dict[int, HotRows]:
     folder = find(package)
     if folder is None:
         return {}
-    shares = [cached_share(path) for table in package.layers.values() for path in table.paths]
-    return {} if all(share is not None and share > WARM for share in shares) else load_all(package, folder)
+    tables = package.layers.values()
+    if all(table.io in CACHED for table in tables):
+        shares = [cached_share(path) for table in tables for path in table.paths]
+        if all(share is not None and share > WARM for share in shares):
+            return {}
+    return load_all(package, folder)
 
 
 def drop(package: HasManifest) -> list[Path]:

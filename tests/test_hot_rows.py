@@ -272,6 +272,22 @@ def test_the_file_opens_in_the_safetensors_library(folder: Path) -> None:
         assert tensors["bytes"].tobytes() == package.layers[1].gather(np.unique(chosen[1])).tobytes()
 
 
+def test_the_golden_file_is_what_is_written(tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden" / "hot-rows.safetensors"
+    values = np.arange(15, dtype=np.uint8).reshape(3, 5)
+    hot_rows.save(tmp_path / "hot", np.array([2, 3, 1 << 40]), values, layer=7, seal="ab" * 32)
+    assert (tmp_path / "hot").read_bytes() == golden.read_bytes()
+
+
+def test_reading_past_the_page_cache_always_has_use_for_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hot_rows, "cached_share", lambda path: 0.95)
+    with open_package(folder) as package:
+        keep(package, rows_of(package), folder / "hot")
+        assert hot_rows.for_reader(package) == {}
+        monkeypatch.setattr(package.layers[3], "io", "uring")
+        assert hot_rows.for_reader(package).keys() == {1, 3}
+
+
 def test_counts_are_exact_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(0)
     rows = generator.zipf(1.3, 20_000) % 5000

@@ -132,16 +132,18 @@ def open_reader(places: Places, codec: Codec, *, verify: bool, io: str) -> tuple
         if io != "auto":
             raise RowStoreError(f"io {io!r} needs the C++ kernels, which are not built", hint="use --io numpy")
         return NumpyReader(places, codec, verify), "numpy", "the C++ kernels are not built"
+    arguments = (
+        list(places.files), list(places.runs), [list(part) for part in places.parts], places.rows, places.sums, verify
+    )  # fmt: skip
+    why = "asked for by name"
     if io == "auto":
-        io = "mmap" if "mmap" in kernels.PAGE_WAYS else "pread"
-        why = f"the fastest on {sys.platform} when rows are in memory and when they are not"
-    else:
-        why = "asked for by name"
+        try:
+            reader = kernels.open_pages("mmap", *arguments)
+            return reader, "mmap", f"the fastest on {sys.platform}, whether rows are in memory or not"
+        except RuntimeError as wrong:
+            io, why = "pread", f"the files cannot be mapped: {wrong}"
     try:
-        return kernels.open_pages(
-            io, list(places.files), list(places.runs), [list(part) for part in places.parts], places.rows,
-            places.sums, verify,
-        ), io, why  # fmt: skip
+        return kernels.open_pages(io, *arguments), io, why
     except (RuntimeError, ValueError) as wrong:
         raise RowStoreError(f"io {io!r} cannot be used here: {wrong}", hint="use --io auto") from None
 

@@ -6,9 +6,13 @@
 namespace engram {
 namespace {
 
-// initial-exec: the handler must not allocate, which the default access to thread-local data may do.
-__attribute__((tls_model("initial-exec"))) thread_local GuardFrame* volatile innermost = nullptr;
-__attribute__((tls_model("initial-exec"))) thread_local volatile bool passing_on = false;
+#ifdef __linux__  // the handler must not allocate, which the default access to thread-local data may do
+#define ENGRAM_TLS __attribute__((tls_model("initial-exec"))) thread_local
+#else
+#define ENGRAM_TLS thread_local
+#endif
+ENGRAM_TLS GuardFrame* volatile innermost = nullptr;
+ENGRAM_TLS volatile bool passing_on = false;
 
 std::mutex installing;
 struct sigaction before;  // who handled SIGBUS before us

@@ -49,10 +49,9 @@ Stamp stamp_of(const struct stat& now) {
 PageReader::PageReader(Places places, bool verify) : places_(std::move(places)), verify_(verify) {
     const uint64_t page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
     const uint64_t ratio = page / kBlock ? page / kBlock : 1;
-    for (Run& run : places_.runs) {  // as far into a page of memory as the block is into a page of the file
-        v_blocks_ += (run.first % ratio + ratio - v_blocks_ % ratio) % ratio;
-        run.v = v_blocks_;
-        v_blocks_ += run.blocks;
+    for (Run& run : places_.runs) {  // on a page of memory of its own, as far into it as into the file's page
+        run.v = (v_blocks_ + ratio - 1) / ratio * ratio + run.first % ratio;
+        v_blocks_ = run.v + run.blocks;
     }
     for (auto& part : places_.parts) {
         row_bytes_ += part.front().bytes;

@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install -qq --root-user-action ignore -c constraints.txt
 
-.PHONY: help demo test setup setup-dev docs bench gguf clean
+.PHONY: help demo test setup setup-dev kernels docs bench gguf clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -44,6 +44,11 @@ gguf: setup ## llama-cpp-python, compiled once from source; the wheel is kept in
 clean: ## remove the environment and every cache in the checkout (not ~/.cache/engram)
 	rm -rf .venv .cache build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
+kernels: setup ## the C++ extension again, in place, after an edit of kernels/csrc (seconds)
+	$(PIP) install -q -c constraints.txt nanobind cmake ninja
+	$(BIN)/cmake -S kernels -B build/dev -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
+	$(BIN)/cmake --build build/dev && cp build/dev/_C*.so "$$($(BIN)/python -c 'import engram.kernels._C as c; print(c.__file__)')"
+
 setup: .venv/.ready ## the environment: CPU torch first, then engram
 setup-dev: .venv/.ready-dev ## the same with the tools that `make test` needs
 
@@ -59,7 +64,9 @@ setup-dev: .venv/.ready-dev ## the same with the tools that `make test` needs
 		apt-get update -qq && apt-get install -y -qq python3-venv >/dev/null && $(PYTHON) -m venv --prompt engram .venv; \
 	else echo "error: $(PYTHON) cannot make virtual environments; hint: apt-get install python3-venv, then run this again" >&2; exit 1; fi
 
-.venv/.ready: pyproject.toml constraints.txt | .venv/bin/python
+KERNELS := kernels/CMakeLists.txt $(wildcard kernels/csrc/*.cpp kernels/csrc/*.h kernels/csrc/isa/*.cpp)
+
+.venv/.ready: pyproject.toml constraints.txt $(KERNELS) | .venv/bin/python
 	@echo "setup: $$($(BIN)/python -V), $(TORCH) and engram into .venv (1 to 5 minutes, about 2 GB)"
 	@began=$$SECONDS; \
 	$(INSTALL) --no-deps '$(TORCH)' 2>/dev/null \
@@ -68,6 +75,7 @@ setup-dev: .venv/.ready-dev ## the same with the tools that `make test` needs
 		|| { echo "error: $(TORCH) (the CPU build) could not be installed; hint: make setup TORCH_INDEX=<an index that has it>, or TORCH=torch==$(TORCH_VERSION) for PyPI's build (on Linux with CUDA, several GB)" >&2; exit 1; }; \
 	echo "setup: torch is there after $$((SECONDS - began)) s"; \
 	$(INSTALL) -e .; \
+	echo "setup: kernels $$($(BIN)/python -c 'from engram.kernels import dispatch; print(dispatch.name())')"; \
 	echo "setup: done in $$((SECONDS - began)) s"
 	@touch $@
 

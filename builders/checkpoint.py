@@ -123,7 +123,7 @@ def save_checkpoint(
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read and check a checkpoint's manifest and small files; table headers and sizes too, table contents not."""
-    manifest = read_manifest(folder, FORMAT, VERSION)
+    manifest = read_manifest(folder, {FORMAT: VERSION})
     check_small_files(folder, manifest)
     layout = Layout.load(folder)
     checkpoint = Checkpoint(folder, manifest, layout, BackboneRef.from_json(manifest["backbone"]))
@@ -132,9 +132,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def read_manifest(folder: Path, expected: str | tuple[str, ...], version: int) -> dict[str, Any]:
-    """The parsed engram.json; CheckpointError where it is missing, not JSON, or of another format or version."""
-    formats = (expected,) if isinstance(expected, str) else expected
+def read_manifest(folder: Path, versions: Mapping[str, int]) -> dict[str, Any]:
+    """The parsed engram.json of one of these formats, each with its version; CheckpointError for anything else."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except OSError:
@@ -144,11 +143,11 @@ def read_manifest(folder: Path, expected: str | tuple[str, ...], version: int) -
     except ValueError as wrong:
         raise CheckpointError(f"{folder / MANIFEST} is not JSON: {wrong}") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found not in formats:
-        raise CheckpointError(f"{folder / MANIFEST} has format {found!r}, expected {' or '.join(map(repr, formats))}")
-    if manifest.get("version") != version:
+    if not isinstance(found, str) or found not in versions:
+        raise CheckpointError(f"{folder / MANIFEST} has format {found!r}, expected {' or '.join(map(repr, versions))}")
+    if manifest.get("version") != versions[found]:
         raise CheckpointError(
-            f"{folder / MANIFEST} has version {manifest.get('version')!r}, this release reads {version}",
+            f"{folder / MANIFEST} has version {manifest.get('version')!r}, this release reads {versions[found]}",
             hint="use the release that wrote it, or write it again",
         )
     missing = {"layout", "gate", "backbone", "tables", "sha256"} - manifest.keys()

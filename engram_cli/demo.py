@@ -117,7 +117,7 @@ class _Demo:
         layout = self.step(2, "vocabulary and hash layout", "layout", self.layout)
         filled = self.step(3, "fill the tables from counts, no gradients", "filled", self.fill)
         trained = self.step(4, "train a little, on documents that were not counted", "run", self.train)
-        quantized = self.step(5, "tables to int4", "quantized", self.quantize)
+        quantized = self.step(5, "tables to nf4", "quantized", self.quantize)
         exported = self.step(6, "export the package and verify it", "package", self.export)
         quality = self.step(7, "measure on held-out documents, beside the controls", "eval", self.evaluate)
         runs = self.step(8, "write text with the tables in three places", "writing", self.write)
@@ -178,7 +178,7 @@ class _Demo:
         from engram.quantize.tables import QuantizeConfig, quantize
 
         checkpoint = self.out / "run" / "final"
-        return quantize(QuantizeConfig(checkpoint, self.out / "quantized", "int4-row", force=True), self.seen)
+        return quantize(QuantizeConfig(checkpoint, self.out / "quantized", "nf4", force=True), self.seen)
 
     def export(self) -> dict[str, Any]:
         from engram.quantize.package import ExportConfig, export_package, verify_package
@@ -213,7 +213,7 @@ def _show(result: dict[str, Any], out: Path) -> None:
     rows = [
         [words, f"{held[arm]['ppl']:.3f}", f"{held[arm]['bpb']:.4f}", f"{unrelated[arm]['ppl']:.3f}"]
         for arm, words in (
-            ("backbone", "backbone alone"), ("memory", "with memory (int4)"), ("zero_table", "control: zero table"),
+            ("backbone", "backbone alone"), ("memory", "with memory (nf4)"), ("zero_table", "control: zero table"),
             ("shuffled_rows", "control: shuffled rows"),
         )
     ]  # fmt: skip

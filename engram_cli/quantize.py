@@ -15,10 +15,15 @@ from engram.cli.sizes import show_bytes
 class RowCodec(StrEnum):
     """How a row is stored."""
 
-    f32 = "f32"
+    int8 = "int8"
+    int8_row = "int8-row"
+    nf4 = "nf4"
+    fp8_e8m0 = "fp8-e8m0"
+    q8_0 = "q8_0"
+    q4_0 = "q4_0"
+    iq4_nl = "iq4_nl"
     bf16 = "bf16"
-    int8 = "int8-row"
-    int4 = "int4-row"
+    f32 = "f32"
 
 
 def quantize(

@@ -8,13 +8,21 @@ N rows, D hidden width, E memory width, M residual branches, W kernel width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engram import EngramError
+from engram.kernels.codecs import Bytes, Codec
+
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Floats = NDArray[np.floating]
+
+
+class KernelError(EngramError):
+    """A path that cannot be had, or an array that an operation cannot take."""
 
 
 def look_back(
@@ -59,9 +67,63 @@ def hash_ngrams(
     return np.concatenate(columns, axis=-1)
 
 
-def gather(table_ND: Floats, rows_BTC: Ints) -> Floats:
-    """Rows of one table, concatenated in column order: [B, T, C * row width]."""
-    return table_ND[rows_BTC].reshape(*rows_BTC.shape[:-1], -1)
+def gather(
+    codec: Codec,
+    table_NK: Bytes,
+    rows: Ints,
+    out: NDArray[Any] | None = None,
+    *,
+    width: int | None = None,
+    threads: int = 1,
+) -> NDArray[Any]:
+    """Rows of a table in memory, decoded, those of the last axis side by side: [..., C] to [..., C * D].
+
+    `table_NK` is uint8, its rows may lie apart. `out` is contiguous float32, or uint16 for bf16; where it is not given,
+    float32 rows of `width` values are made. `threads` is how many may work (the reference uses one).
+
+    Raises KernelError for arrays of another kind and for a row outside the table, before anything is written.
+    """
+    rows, out, width = prepare_gather(codec, table_NK, rows, out, width)
+    outside = np.flatnonzero((rows.ravel() < 0) | (rows.ravel() >= len(table_NK)))
+    if outside.size:
+        raise row_outside(rows, int(outside[0]), len(table_NK))
+    if rows.size:
+        codec.decode(table_NK[rows.ravel()], width, out=out.reshape(-1, width))
+    return out
+
+
+def prepare_gather(
+    codec: Codec, table_NK: Bytes, rows: Ints, out: NDArray[Any] | None, width: int | None
+) -> tuple[Ints, NDArray[Any], int]:
+    """Contiguous row ids, a place for the values and the row width; KernelError for what does not fit together."""
+    if rows.dtype != np.int64 or not rows.ndim:
+        raise KernelError(f"row ids must be int64 [..., C], found {rows.dtype} {list(rows.shape)}")
+    if width is None:
+        width = out.size // rows.size if out is not None and rows.size else 0
+    shape = (*rows.shape[:-1], rows.shape[-1] * width)
+    if out is None:
+        if not width:
+            raise KernelError("gather needs `out` or `width`")
+        out = np.empty(shape, dtype=np.float32)
+    if out.size != rows.size * width or not out.flags.c_contiguous or out.dtype not in (np.float32, np.uint16):
+        raise KernelError(
+            f"out must be contiguous float32 or uint16 (bf16) {list(shape)}, found {out.dtype} {list(out.shape)}"
+        )
+    if rows.size and (table_NK.ndim != 2 or table_NK.dtype != np.uint8 or table_NK.strides[1] != 1
+                      or table_NK.shape[1] != codec.row_bytes(width)):  # fmt: skip
+        raise KernelError(
+            f"a table of {codec.name} rows of {width} values is uint8 [N, {codec.row_bytes(width)}], found "
+            f"{table_NK.dtype} {list(table_NK.shape)}"
+        )
+    return np.ascontiguousarray(rows), out, width
+
+
+def row_outside(rows: Ints, place: int, count: int) -> KernelError:
+    """The error for a row that the table does not have."""
+    return KernelError(
+        f"row {int(rows.ravel()[place])} is outside the table, which has {count} rows",
+        hint="the rows were hashed with another layout than the table's",
+    )
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:

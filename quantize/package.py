@@ -30,7 +30,7 @@ from engram.quantize.mapped import MappedTable
 from engram.quantize.row_store import RowWriter, TableFile, write_table
 
 FORMAT = "engram-package"
-VERSION = 1
+VERSION = 2
 TOKEN_MAP = "token_map.safetensors"
 _FIELDS = {
     "format",
@@ -154,8 +154,8 @@ def export_package(config: ExportConfig, progress: Progress | None = None) -> di
 @contextmanager
 def _source(folder: Path) -> Iterator[tuple[dict[str, Any], Layout, dict[int, MappedTable] | None]]:
     """Manifest, layout and mapped tables of what is to be exported; no mapped tables where they are still float."""
-    formats = (checkpoints.FORMAT, quantized.FORMAT, FORMAT)
-    manifest = checkpoints.read_manifest(folder, formats, VERSION)
+    versions = {checkpoints.FORMAT: checkpoints.VERSION, quantized.FORMAT: quantized.VERSION, FORMAT: VERSION}
+    manifest = checkpoints.read_manifest(folder, versions)
     if manifest["format"] == checkpoints.FORMAT:
         opened = checkpoints.open_checkpoint(folder)
         yield opened.manifest, opened.layout, None
@@ -286,7 +286,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("version") != VERSION:
         raise PackageError(
             f"{path} has version {manifest.get('version')!r}, this release reads {VERSION}",
-            hint="use the release of engram that wrote it, or export again",
+            hint="quantize and export again from the float checkpoint, or use the release of engram that wrote it",
         )
     seals = _SEAL.findall(data)
     if len(seals) != 1 or hashlib.sha256(data.replace(seals[0], _UNSEALED)).hexdigest() != seals[0].decode():

@@ -23,7 +23,7 @@ from engram.builders.atomic import sync_path
 from engram.kernels.codecs import Bytes, Codec, CodecError, Floats, find_codec
 
 FORMAT = "engram-rows"
-VERSION = 1
+VERSION = 2
 PAGE = 4096
 _LONGEST_HEADER = 1 << 20
 _MOST_ROWS = 1 << 48
@@ -145,7 +145,7 @@ def _fields(text: bytes, path: Path) -> dict[str, str]:
     if known[1] != str(VERSION):
         raise _refused(
             path, f"has format version {known[1]!r}, this release reads {VERSION}",
-            hint="use the release of engram that wrote it, or export again",
+            hint="quantize and export again from the float checkpoint, or use the release of engram that wrote it",
         )  # fmt: skip
     if set(fields) != set(_FIELDS) or not all(isinstance(value, str) for value in fields.values()):
         raise _refused(path, f"has the fields {sorted(fields)}, version {VERSION} has {sorted(_FIELDS)}")

@@ -40,7 +40,7 @@ class QuantizeConfig:
 
     checkpoint: Path
     out: Path
-    tables: str = "int8-row"
+    tables: str = "int8"
     force: bool = False
 
 

@@ -153,13 +153,13 @@ def test_fill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 def test_quantize(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["quantize", "ckpt", "--out", "small", "--tables", "int4-row", "--json"]
+    words = ["quantize", "ckpt", "--out", "small", "--tables", "nf4", "--json"]
     worker, _, _ = call(monkeypatch, capsys, "engram.quantize.tables:quantize", {"tables": {}}, *words)
     config = worker.config
     assert (config.checkpoint, config.out, config.tables, config.force) == (
         Path("ckpt"),
         Path("small"),
-        "int4-row",
+        "nf4",
         False,
     )
 

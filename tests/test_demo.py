@@ -27,7 +27,7 @@ def test_the_whole_path_at_small_size(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "engram.cli.main", "demo", "--small", "--out", str(tmp_path / "demo")]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr[-4000:]
-    for words in ("backbone alone", "with memory (int4)", "zero table", "shuffled rows", "95 % interval", "disk"):
+    for words in ("backbone alone", "with memory (nf4)", "zero table", "shuffled rows", "95 % interval", "disk"):
         assert words in first.stdout
     again = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-4000:]

@@ -32,8 +32,8 @@ def package(checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def int4_package(checkpoint: Path) -> Path:
-    quantize(QuantizeConfig(checkpoint=checkpoint, out=checkpoint.parent / "q", tables="int4-row"))
+def nf4_package(checkpoint: Path) -> Path:
+    quantize(QuantizeConfig(checkpoint=checkpoint, out=checkpoint.parent / "q", tables="nf4"))
     export_package(ExportConfig(source=checkpoint.parent / "q", out=checkpoint.parent / "package4"))
     return checkpoint.parent / "package4"
 
@@ -91,7 +91,7 @@ def test_reuse_rolls_back_to_the_shared_prefix(model: Model) -> None:
     assert session.reuse(other) == other[-1:], "at least one token is left to feed"
 
 
-@pytest.mark.parametrize("kind", ["package", "int4_package"])
+@pytest.mark.parametrize("kind", ["package", "nf4_package"])
 def test_placements_give_identical_tokens(kind: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(kind)
     results = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from widths import fitting
 
 from engram.kernels.codecs import CODECS, Bytes
 from engram.quantize.mapped import Budget, MappedTable
@@ -38,11 +39,12 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
 @pytest.mark.parametrize("verify", ["first-touch", "open", "off"])
 @pytest.mark.parametrize("codec", sorted(CODECS))
 def test_gather_gives_the_rows_asked_for(tmp_path: Path, codec: str, verify: str) -> None:
-    path, expected = table_file(tmp_path, codec)
+    width = fitting(codec, WIDTH)
+    path, expected = table_file(tmp_path, codec, width=width)
     rows = np.random.default_rng(0).integers(0, ROWS, 3000)
     rows[:4] = [0, ROWS - 1, ROWS - 1, 0]
     poisoned = np.full((len(rows), expected.shape[1]), 0xAA, dtype=np.uint8)
-    with MappedTable.open(path, codec=codec, rows=ROWS, width=WIDTH, layer=3, verify=verify) as table:
+    with MappedTable.open(path, codec=codec, rows=ROWS, width=width, layer=3, verify=verify) as table:
         assert table.gather(rows, out=poisoned) is poisoned
         assert np.array_equal(poisoned, expected[rows])
         assert np.array_equal(table.gather(EVERY_ROW), expected)
@@ -75,7 +77,7 @@ def test_a_row_outside_the_table_is_refused(tmp_path: Path, row: int) -> None:
 @pytest.mark.parametrize(
     ("expected", "words"),
     [
-        ({"codec": "int4-row"}, "has codec 'int8-row', expected 'int4-row'"),
+        ({"codec": "nf4"}, "has codec 'int8-row', expected 'nf4'"),
         ({"rows": 4999}, "has rows 5000, expected 4999"),
         ({"width": 64}, "has width 72, expected 64"),
         ({"layer": 15}, "has layer 3, expected 15"),

@@ -58,13 +58,13 @@ def checkpoint(folder: Path, backbone: BackboneRef | None = None) -> dict[int, F
         backbone=backbone or BackboneRef.find(str(source)), tokenizer_folder=folder / "tokenizer",
         extra={"trained": {"steps": 3}}, state={"optimizer.json": b"{}"},
     )  # fmt: skip
-    quantize(QuantizeConfig(folder / "float", folder / "quantized", tables="int4-row"))
+    quantize(QuantizeConfig(folder / "float", folder / "quantized", tables="nf4"))
     return rows
 
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """A sound package of int4 tables with its backbone embedded."""
+    """A sound package of nf4 tables with its backbone embedded."""
     checkpoint(tmp_path)
     export_package(ExportConfig(tmp_path / "quantized", tmp_path / "package"))
     return tmp_path / "package"
@@ -270,7 +270,7 @@ def table(layer: int, **changes: Any) -> Callable[[Path], object]:
     return relabelled(lambda manifest: manifest["tables"][str(layer)].update(changes))
 
 
-def rewritten(codec: str = "int4-row", rows: int = 0, width: int = WIDTH, layer: int = 1) -> Callable[[Path], object]:
+def rewritten(codec: str = "nf4", rows: int = 0, width: int = WIDTH, layer: int = 1) -> Callable[[Path], object]:
     """A sound table file of another kind in the place of layer 1's, with sizes and hashes put right."""
 
     def damage(folder: Path) -> None:
@@ -298,7 +298,7 @@ def same_size_other_rows(folder: Path) -> None:
     count = layout().table_rows[1]
     write_table(
         folder / "tables/layer-01.safetensors", [np.ones((count, WIDTH), np.float32)], rows=count, width=WIDTH,
-        codec=CODECS["int4-row"], layer=1,
+        codec=CODECS["nf4"], layer=1,
     )  # fmt: skip
 
 
@@ -313,7 +313,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a manifest that is a list": (lambda folder: (folder / "engram.json").write_text("[]"), "has format \\[\\]"),
     "a manifest of another format": (relabelled(lambda m: m.update(format="engram-checkpoint")), "has format"),
-    "a later version": (relabelled(lambda m: m.update(version=2)), "has version 2, this release reads 1"),
+    "a later version": (relabelled(lambda m: m.update(version=3)), "has version 3, this release reads 2"),
+    "the version before": (relabelled(lambda m: m.update(version=1)), "has version 1, this release reads 2"),
     "no version": (relabelled(lambda m: m.pop("version")), "has version None"),
     "an unknown field": (relabelled(lambda m: m.update(extra=1)), "has the fields"),
     "a missing field": (relabelled(lambda m: m.pop("gate")), "has the fields"),
@@ -341,11 +342,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "swapped tables": (swapped, "layer-01.safetensors has"),
     "another table of the same shape": (same_size_other_rows, "not the one that the manifest describes"),
-    "a table of another codec": (rewritten(codec="bf16"), "has codec 'bf16', expected 'int4-row'"),
+    "a table of another codec": (rewritten(codec="bf16"), "has codec 'bf16', expected 'nf4'"),
     "a table of another width": (rewritten(width=10), "has width 10, expected 8"),
     "a table of more rows": (rewritten(rows=1), "has rows .*, expected"),
     "a table of another layer": (rewritten(layer=5), "has layer 5, expected 1"),
-    "a codec named wrongly": (table(1, codec="f32"), "has codec 'int4-row', expected 'f32'"),
+    "a codec named wrongly": (table(1, codec="f32"), "has codec 'nf4', expected 'f32'"),
     "an unknown codec": (table(1, codec="int3"), "codec 'int3' is not known"),
     "a later codec": (table(1, codec_version=2), "has version 2, this release knows version 1"),
     "rows named wrongly": (table(5, rows=7), "has a table of 7 rows for layer 5, its layout has"),
@@ -378,14 +379,14 @@ def test_an_altered_page_is_refused_at_first_touch(package: Path) -> None:
     path = package / "tables" / "layer-05.safetensors"
     flip(path, 4096 + 4096 + 100)
     with open_package(package) as opened:
-        opened.layers[5].gather(np.arange(512))  # 8 bytes a row, 512 rows a page
-        with pytest.raises(RowStoreError, match=r"\(layer 5\) is damaged: page 1, rows 512 to 1023"):
-            opened.layers[5].gather(np.array([600]))
-    with pytest.raises(PackageError, match="damaged: page 1, rows 512 to 1023"):
+        opened.layers[5].gather(np.arange(682))  # 6 bytes a row, 682 rows a page
+        with pytest.raises(RowStoreError, match=r"\(layer 5\) is damaged: page 1, rows 682 to 1363"):
+            opened.layers[5].gather(np.array([700]))
+    with pytest.raises(PackageError, match="damaged: page 1, rows 682 to 1363"):
         open_package(package, verify="open")
     open_package(package, verify="off").close()
     problems = verify_package(package)["problems"]
-    assert len(problems) == 2 and "it was altered" in problems[0] and "page 1, rows 512 to 1023" in problems[1]
+    assert len(problems) == 2 and "it was altered" in problems[0] and "page 1, rows 682 to 1363" in problems[1]
 
 
 def test_an_altered_large_backbone_file_is_found_by_verify(package: Path) -> None:
@@ -399,10 +400,10 @@ def test_verify_finds_a_row_without_a_finite_scale(package: Path) -> None:
     from engram.quantize.row_store import RowWriter
 
     count = layout().table_rows[1]
-    encoded = CODECS["int4-row"].encode(np.ones((count, WIDTH), np.float32))
-    encoded[77, -4:] = [0, 0, 0xC0, 0x7F]
+    encoded = CODECS["nf4"].encode(np.ones((count, WIDTH), np.float32))
+    encoded[77, -2:] = [0, 0x7E]  # the fp16 scale
     path = package / "tables" / "layer-01.safetensors"
-    with RowWriter(path, count, WIDTH, CODECS["int4-row"], 1) as writer:
+    with RowWriter(path, count, WIDTH, CODECS["nf4"], 1) as writer:
         writer.append(encoded)
     assert writer.table_file is not None
     made = writer.table_file

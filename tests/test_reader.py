@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from widths import fitting
 
 from engram.builders import process_memory
 from engram.kernels.codecs import CODECS, Floats
@@ -27,7 +28,7 @@ class Tables:
     layers: dict[int, MappedTable]
 
 
-def tables(folder: Path, codec: str = "int4-row", width: int = 72) -> tuple[Tables, dict[int, Floats]]:
+def tables(folder: Path, codec: str = "nf4", width: int = 72) -> tuple[Tables, dict[int, Floats]]:
     """Mapped tables, and what their rows decode to."""
     mapped, decoded = {}, {}
     for n, rows in SIZES.items():
@@ -50,12 +51,13 @@ def random_rows(shape: tuple[int, int, int], seed: int = 0) -> dict[int, Ints]:
 @pytest.mark.parametrize("codec", sorted(CODECS))
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_every_placement_gives_the_rows_side_by_side(tmp_path: Path, placement: str, codec: str) -> None:
-    package, decoded = tables(tmp_path, codec)
+    width = fitting(codec, 72)
+    package, decoded = tables(tmp_path, codec, width)
     reader = RowReader(package, placement)
     rows = random_rows((2, 37, 16))
     ticket = reader.ask(rows)
     for n in (5, 1, 5):  # any order, any number of times
-        poisoned = np.full((2, 37, 16 * 72), np.nan, dtype=np.float32)
+        poisoned = np.full((2, 37, 16 * width), np.nan, dtype=np.float32)
         assert reader.take(ticket, n, out=poisoned) is poisoned
         assert poisoned.tobytes() == decoded[n][rows[n]].tobytes()
     reader.close()
@@ -99,10 +101,10 @@ def test_an_empty_batch_is_an_empty_answer(tmp_path: Path, placement: str, shape
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_counters_count_distinct_rows(tmp_path: Path, placement: str) -> None:
-    package, _ = tables(tmp_path)  # 40 bytes a row, 102 rows a page
+    package, _ = tables(tmp_path)  # 42 bytes a row, 97 rows a page
     reader = RowReader(package, placement)
-    reader.take(reader.ask({1: np.array([[[7, 7, 101], [102, 7, 7]]])}), 1)
-    stored = 288 if placement == "none" else 40
+    reader.take(reader.ask({1: np.array([[[7, 7, 96], [97, 7, 7]]])}), 1)
+    stored = 288 if placement == "none" else 42
     assert reader.counters() == {
         "rows_asked": 6, "rows_read": 3, "bytes_read": 3 * stored, "pages_touched": 2 if placement == "disk" else 0,
     }  # fmt: skip
@@ -147,12 +149,12 @@ def test_a_damaged_page_never_becomes_a_row(tmp_path: Path, placement: str) -> N
     with package.layers[1].path.open("r+b") as file:
         file.seek(4096 + 3 * 4096 + 5)
         file.write(b"\xff\xff")
-    with pytest.raises(RowStoreError, match=r"\(layer 1\) is damaged: page 3, rows 306 to 407"):
+    with pytest.raises(RowStoreError, match=r"\(layer 1\) is damaged: page 3, rows 291 to 387"):
         reader = RowReader(package, placement)
         reader.take(reader.ask({1: np.full((1, 1, 1), 350)}), 1)
 
 
-@pytest.mark.parametrize(("placement", "needed"), [("ram", 3777 * 40), ("none", 3777 * 288)])
+@pytest.mark.parametrize(("placement", "needed"), [("ram", 3777 * 42), ("none", 3777 * 288)])
 def test_tables_larger_than_memory_are_refused_beforehand(
     tmp_path: Path, placement: str, needed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +177,7 @@ def test_a_refused_allocation_is_a_reader_error(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("engram.runtime.reader.available_bytes", lambda: None)
     monkeypatch.setattr("engram.runtime.reader.np.empty", refuse)
-    with pytest.raises(ReaderError, match="needs 151,080 bytes for the tables, the system refuses them"):
+    with pytest.raises(ReaderError, match="needs 158,634 bytes for the tables, the system refuses them"):
         RowReader(package, "ram")
 
 

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors import safe_open
+from widths import fitting
 
 from engram.kernels.codecs import CODECS, CodecError, Floats
 from engram.quantize.row_store import Geometry, RowStoreError, RowWriter, TableFile, read_geometry, write_table
 
-GOLDEN = Path(__file__).parent / "golden" / "table-int4-row.safetensors"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def random_rows(rows: int, width: int, seed: int = 0) -> Floats:
@@ -44,6 +45,7 @@ def reread(path: Path) -> Geometry:
 @pytest.mark.parametrize("codec", sorted(CODECS))
 @pytest.mark.parametrize(("rows", "width"), [(1, 2), (1000, 72), (2311, 30), (9, 1024)])
 def test_every_byte_is_where_the_specification_puts_it(tmp_path: Path, codec: str, rows: int, width: int) -> None:
+    width = fitting(codec, width)
     values = random_rows(rows, width)
     path = tmp_path / "layer-03.safetensors"
     table_file = write(path, values, codec)
@@ -61,7 +63,7 @@ def test_every_byte_is_where_the_specification_puts_it(tmp_path: Path, codec: st
     assert (8 + length) % 4096 == 0
     assert data[8 + length :] == body + sums
     assert json.loads(data[8 : 8 + length])["__metadata__"] == {
-        "format": "engram-rows", "version": "1", "codec": codec, "codec_version": "1", "width": str(width),
+        "format": "engram-rows", "version": "2", "codec": codec, "codec_version": "1", "width": str(width),
         "rows": str(rows), "layer": "3",
     }  # fmt: skip
     assert asdict(table_file) == {
@@ -74,20 +76,31 @@ def test_every_byte_is_where_the_specification_puts_it(tmp_path: Path, codec: st
 def test_the_stock_safetensors_library_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     values = random_rows(500, 72)
-    write(path, values, "int4-row")
+    write(path, values, "nf4")
     with safe_open(path, "numpy") as file:
         rows, sums = file.get_tensor("rows"), file.get_tensor("page_crc32")
-    assert rows.dtype == np.uint8 and rows.shape == (5, 4096)
+    assert rows.dtype == np.uint8 and rows.shape == (6, 4096)
     assert sums.dtype == np.uint32 and sums.tolist()[:-1] == [zlib.crc32(page.tobytes()) for page in rows]
-    packed = rows[:, : 102 * 40].reshape(-1, 40)[:500]
-    assert np.array_equal(packed, CODECS["int4-row"].encode(values))
+    packed = rows[:, : 97 * 42].reshape(-1, 42)[:500]
+    assert np.array_equal(packed, CODECS["nf4"].encode(values))
 
 
-def test_the_golden_file_is_written_again_bit_for_bit(tmp_path: Path) -> None:
-    values = np.arange(30, dtype=np.float32).reshape(5, 6) - 11
-    write(tmp_path / "t", values, "int4-row", layer=15)
-    assert (tmp_path / "t").read_bytes() == GOLDEN.read_bytes()
-    assert reread(GOLDEN) == Geometry(CODECS["int4-row"], 5, 6, 15)
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_the_golden_file_is_written_again_bit_for_bit(tmp_path: Path, codec: str) -> None:
+    width, golden = fitting(codec, 6), GOLDEN / f"table-{codec}.safetensors"
+    values = np.arange(5 * width, dtype=np.float32).reshape(5, width) - 11
+    write(tmp_path / "t", values, codec, layer=15)
+    assert (tmp_path / "t").read_bytes() == golden.read_bytes()
+    assert reread(golden) == Geometry(CODECS[codec], 5, width, 15)
+
+
+def test_a_file_of_version_1_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    write(tmp_path / "t", random_rows(5, 6))
+    data = (tmp_path / "t").read_bytes()
+    (tmp_path / "t").write_bytes(data.replace(b'"version":"2"', b'"version":"1"'))
+    with pytest.raises(RowStoreError, match="has format version '1', this release reads 2") as refused:
+        reread(tmp_path / "t")
+    assert refused.value.hint is not None and "quantize and export again" in refused.value.hint
 
 
 @pytest.mark.parametrize("block", [1, 3, 512 * 53, 512 * 53 + 1, 10**6])
@@ -127,7 +140,7 @@ def tensor(name: str, **changes: Any) -> Callable[[Header], Header]:
 
 HEADERS: dict[str, tuple[Callable[[Header], Header], str]] = {
     "another format": (meta(format="pt"), "has format 'pt'"),
-    "a later version": (meta(version="2"), "has format version '2', this release reads 1"),
+    "a later version": (meta(version="3"), "has format version '3', this release reads 2"),
     "an unknown codec": (meta(codec="int3"), "codec 'int3' is not known"),
     "a later codec": (meta(codec_version="2"), "'int8-row' has version 2"),
     "another codec": (meta(codec="bf16"), "does not follow from its own fields"),

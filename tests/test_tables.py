@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from widths import fitting
 
 from engram import Progress, Task
 from engram.builders.backbone import BackboneRef
@@ -64,7 +65,8 @@ class Recorder(Progress):
 
 @pytest.mark.parametrize("codec", sorted(CODECS))
 def test_tables_hold_what_the_codec_makes_of_each_row(tmp_path: Path, codec: str) -> None:
-    tables = checkpoint(tmp_path / "float")
+    width = fitting(codec, WIDTH)
+    tables = checkpoint(tmp_path / "float", width=width)
     recorder = Recorder()
     report = quantize(QuantizeConfig(tmp_path / "float", tmp_path / "out", tables=codec), recorder)
     assert report["backbone"] == "unchanged"
@@ -72,11 +74,11 @@ def test_tables_hold_what_the_codec_makes_of_each_row(tmp_path: Path, codec: str
     for n, rows in tables.items():
         path = tmp_path / "out" / f"tables/layer-0{n}.safetensors"
         encoded = CODECS[codec].encode(rows)
-        with MappedTable.open(path, codec=codec, rows=len(rows), width=WIDTH, layer=n) as table:
+        with MappedTable.open(path, codec=codec, rows=len(rows), width=width, layer=n) as table:
             assert np.array_equal(table.gather(np.arange(len(rows))), encoded)
             assert manifest["tables"][str(n)]["seal"] == table.seal()
         said = report["tables"][str(n)]
-        lost = CODECS[codec].decode(encoded, WIDTH).astype(np.float64) - rows
+        lost = CODECS[codec].decode(encoded, width).astype(np.float64) - rows
         by_row = np.linalg.norm(lost, axis=1) / np.linalg.norm(rows.astype(np.float64), axis=1)
         assert said["rel_error"] == pytest.approx(np.linalg.norm(lost) / np.linalg.norm(rows), rel=1e-6)
         assert said["worst_row"] == by_row.argmax()
@@ -122,10 +124,10 @@ def test_a_value_that_is_not_finite_is_named_and_leaves_nothing(tmp_path: Path, 
     assert not list(tmp_path.glob("out*"))
 
 
-def test_an_odd_width_is_refused_by_int4_before_any_work(tmp_path: Path) -> None:
+def test_an_odd_width_is_refused_by_nf4_before_any_work(tmp_path: Path) -> None:
     checkpoint(tmp_path / "float", width=7)
     with pytest.raises(CodecError, match="row width 7 must be even"):
-        quantize(QuantizeConfig(tmp_path / "float", tmp_path / "out", tables="int4-row"))
+        quantize(QuantizeConfig(tmp_path / "float", tmp_path / "out", tables="nf4"))
     assert not list(tmp_path.glob("out*"))
 
 
@@ -177,8 +179,8 @@ def test_refuses_to_write_over(tmp_path: Path, case: str, words: str) -> None:
 def test_force_replaces_an_earlier_result(tmp_path: Path) -> None:
     checkpoint(tmp_path / "float")
     quantize(QuantizeConfig(tmp_path / "float", tmp_path / "out", tables="f32"))
-    quantize(QuantizeConfig(tmp_path / "float", tmp_path / "out", tables="int4-row", force=True))
-    MappedTable.open(tmp_path / "out" / "tables" / "layer-01.safetensors", codec="int4-row").close()
+    quantize(QuantizeConfig(tmp_path / "float", tmp_path / "out", tables="nf4", force=True))
+    MappedTable.open(tmp_path / "out" / "tables" / "layer-01.safetensors", codec="nf4").close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "out", "tokenizer"]
 
 

@@ -3,7 +3,8 @@
 Everything is queued on the current stream and nothing here waits for the GPU, except `check`. Ids that are not in the
 table or the vocabulary cannot be refused at the call without waiting: their rows become zeros and their positions hash
 as if the id were not mapped, the fault is kept on the device, and `check` raises it. Call `check` where you wait for
-the GPU anyway, once a step. Tensors of the CPU work in Triton's interpreter only (tests); there ids are refused at once.
+the GPU anyway, once a step. Tensors of the CPU work in Triton's interpreter only (tests); there ids are refused
+at once.
 
 Shape letters: those of kernels/reference.py; K bytes a row, L layers, X = M * D channels, P past positions.
 """
@@ -19,15 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engram import EngramError
 from engram.kernels.codecs import Codec
 from engram.kernels.gguf_codecs import IQ4_NL_BOOK
 from engram.kernels.group_codecs import NF4_BOOK
-
-
-class KernelError(EngramError):
-    """A kernel that cannot run here, or what it was given."""
-
+from engram.kernels.reference import KernelError, row_outside
 
 try:
     from engram.kernels import triton_kernels as kernels
@@ -37,6 +33,7 @@ except ImportError as missing:
 KINDS = {"plain": 0, "sqrt": 1, "copysign": 2}  # of the gate, as in GateConfig
 FEW_ROWS = 256  # up to here one program takes one row, so that all are in flight at once
 TILE = 2048  # values that one program holds
+HASH_TILE = 16  # positions that one program hashes
 _BOOKS = {"nf4": NF4_BOOK, "iq4_nl": IQ4_NL_BOOK}
 _FAULT_WORDS = {1: "row id {} is outside its table", 2: "token id {} is outside the vocabulary"}
 _faults: dict[torch.device, Tensor] = {}
@@ -58,13 +55,15 @@ class RowTable:
     owner: Tensor | None = None
 
     @classmethod
-    def of(cls, codec: Codec, table_NK: Tensor) -> RowTable:
-        """uint8 [N, K], rows contiguous, at any stride; of the GPU, or pinned on the host."""
+    def of(cls, codec: Codec, table_NK: Tensor, width: int) -> RowTable:
+        """uint8 [N, K], the bytes of a row side by side, rows at any stride; of the GPU, or pinned on the host."""
         _readable("table", table_NK)
-        rows, row_bytes = table_NK.shape
-        return cls(
-            table_NK.data_ptr(), rows, _width(codec, row_bytes), max(table_NK.stride(0), 1), owner=table_NK
-        )  # fmt: skip
+        if table_NK.shape[1] != codec.row_bytes(width):
+            raise KernelError(
+                f"a table of {codec.name} rows of {width} values is uint8 [N, {codec.row_bytes(width)}], "
+                f"found {list(table_NK.shape)}"
+            )
+        return cls(table_NK.data_ptr(), len(table_NK), width, table_NK.stride(0), owner=table_NK)
 
     @classmethod
     def of_pages(cls, codec: Codec, pages_PX: Tensor, width: int, rows: int, rows_per_page: int) -> RowTable:
@@ -76,7 +75,7 @@ class RowTable:
                 f"pages {list(pages_PX.shape)} cannot hold {rows} rows of {codec.row_bytes(width)} bytes, "
                 f"{rows_per_page} a page"
             )
-        return cls(pages_PX.data_ptr(), rows, width, max(pages_PX.stride(0), 1), rows_per_page, pages_PX)
+        return cls(pages_PX.data_ptr(), rows, width, pages_PX.stride(0), rows_per_page, pages_PX)
 
 
 def gather(
@@ -85,24 +84,33 @@ def gather(
     rows: Tensor,
     out: Tensor | None = None,
     *,
+    width: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Rows of one table, decoded and concatenated in column order: `rows` [..., C] int64 to [..., C * row width].
+    """Rows of one table, decoded and concatenated in column order: `rows` [..., C] int64 to [..., C * D].
 
     The result is float32 or bfloat16 (`out`, or new of `dtype`), bit for bit what `codec.decode` gives. `table` is
-    uint8 [N, K], or a RowTable for pages and bare addresses. KernelError for other types, shapes, strides, devices; for
-    an id outside the table see the head of this file.
+    uint8 [N, K] with rows of `width` values (found from `out` where it is given), or a RowTable for pages and bare
+    addresses. KernelError for other types, shapes, strides, devices; for an id outside the table see the head of this
+    file.
     """
-    view = RowTable.of(codec, table) if isinstance(table, Tensor) else table
     device = _runs_on(rows)
     _fits("rows", rows, (torch.int64,), tuple(rows.shape), device)
-    if rows.dim() < 1:
+    if not rows.dim():
         raise KernelError("rows must have at least one axis, the columns")
+    if isinstance(table, Tensor):
+        if width is None and out is not None and rows.numel():
+            width = out.numel() // rows.numel()
+        if width is None:
+            raise KernelError("gather needs `out` or `width`")
+        view = RowTable.of(codec, table, width)
+    else:
+        view = table
     if view.owner is not None and view.owner.is_cuda and view.owner.device != device:
         raise KernelError(f"the table is on {view.owner.device}, rows are on {device}")
     if device.type == "cpu" and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < view.rows:
-        wrong = int(rows.min()) if int(rows.min()) < 0 else int(rows.max())
-        raise KernelError(f"row {wrong} is outside the table of {view.rows} rows")
+        outside = (rows < 0) | (rows >= view.rows)
+        raise row_outside(rows.numpy(), int(outside.flatten().nonzero()[0]), view.rows)
     shape = (*rows.shape[:-1], rows.shape[-1] * view.width)
     out = torch.empty(shape, dtype=dtype, device=device) if out is None else out
     _fits("out", out, (torch.float32, torch.bfloat16), shape, device)
@@ -202,16 +210,15 @@ def _launch_hash(
 ) -> None:  # fmt: skip
     layers, batch, length, columns = out.shape
     token_map = constants.token_map_V
-    tile = 8 if batch * length <= 64 else 64
     if out.numel():
         with _current(ids_BT.device):
-            kernels.hash_rows[(-(-batch * length // tile), layers)](
+            kernels.hash_rows[(-(-batch * length // HASH_TILE), layers)](
                 ids_BT, ids_BT if token_map is None else token_map, dead_BT.view(torch.uint8),
                 start_BJT.view(torch.uint8), stop_BJT.view(torch.uint8), history_BJ, constants.multipliers_LK,
                 constants.primes_LC, constants.offsets_LC, constants.order_C, out, _fault(ids_BT.device),
                 batch * length, length, constants.fill, 0 if token_map is None else len(token_map),
                 J=history_BJ.shape[1], DEPTH=constants.multipliers_LK.shape[1], C=columns, BC=_power_of_two(columns),
-                BT=tile, MAPPED=token_map is not None,
+                BT=HASH_TILE, MAPPED=token_map is not None,
             )  # fmt: skip
 
 
@@ -343,18 +350,6 @@ def _readable(name: str, bytes_NK: Tensor) -> None:
         )
     if bytes_NK.device.type == "cpu" and not (kernels.INTERPRETED or bytes_NK.is_pinned()):
         raise KernelError(f"{name} lies in host memory that is not pinned", hint="call its pin_memory()")
-
-
-@lru_cache(maxsize=256)
-def _width(codec: Codec, row_bytes: int) -> int:
-    """The row width that takes so many bytes; a width has at least half a byte."""
-    for width in range(1, 2 * row_bytes + 1):
-        try:
-            if codec.row_bytes(width) == row_bytes:
-                return width
-        except EngramError:  # a width that the codec cannot hold
-            continue
-    raise KernelError(f"no row of codec {codec.name!r} has {row_bytes} bytes")
 
 
 @lru_cache(maxsize=64)

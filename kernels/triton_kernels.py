@@ -7,7 +7,7 @@ interpreter. Written without a GPU at hand: tile sizes are reasoned, not tuned.
 
 Shape letters: those of kernels/reference.py; R row slots of a call, K bytes a row, L layers.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -127,6 +127,15 @@ def _as_bf16(bits):
 
 
 @triton.jit
+def _as_stored(x, at):
+    """fp32 in the type that lies at an address, to nearest even; the interpreter's own cast to bf16 truncates."""
+    if at.dtype.element_ty == tl.bfloat16:
+        return _as_bf16(x.to(tl.uint32, bitcast=True)).to(tl.bfloat16, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
 def gather_rows(
     address, rows_R, out_RD, book, fault, slots, table_rows, rows_per_page, pitch,
     D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, ROW_BYTES: tl.constexpr, CODE: tl.constexpr,
@@ -177,7 +186,7 @@ def hash_rows(
     order = tl.load(order_C + c, mask=c < C, other=0)
     flags = batch * (J + length) + J + t  # this position in start and stop
     blocked = tl.load(dead_BT + place, mask=here, other=0) != 0
-    mixed = tl.zeros((BT, BC), dtype=tl.int64)
+    mixed = tl.full((BT, BC), 0, dtype=tl.int64)
     for k in tl.static_range(DEPTH):
         if k > 0:
             started = tl.load(start_BJT + flags - k + 1, mask=here, other=0)
@@ -206,9 +215,15 @@ def hash_rows(
 
 
 @triton.jit
+def _total(x):
+    """tl.sum, which the interpreter refuses where triton was imported before TRITON_INTERPRET was set."""
+    return tl.reduce(x, 0, tl.standard._sum_combine)
+
+
+@triton.jit
 def _normed(x, weight, eps, D: tl.constexpr):
     """x / sqrt(mean(x²) + eps) * weight over the columns; those outside D are zero."""
-    return x / tl.sqrt(tl.sum(x * x, axis=0) / D + eps) * weight
+    return x / tl.sqrt(_total(x * x) / D + eps) * weight
 
 
 @triton.jit
@@ -217,9 +232,9 @@ def _past_taps(
     X: tl.constexpr, W: tl.constexpr, DILATION: tl.constexpr,
 ):  # fmt: skip
     """The convolution's sum over all taps but the last, which is the position itself; zeros before the text."""
-    total = tl.zeros(x.shape, dtype=tl.float32)
+    total = tl.full(x.shape, 0, dtype=tl.float32)
     for i in tl.static_range(W - 1):
-        p = t - (W - 1 - i) * DILATION
+        p = t - (W - 1 - i) * DILATION + 0 * x  # a block: 3.9's interpreter takes no mask made with a scalar
         now = tl.load(inputs_BTX + (batch * length + p) * X + x, mask=inside & (p >= 0), other=0).to(tl.float32)
         before = tl.load(past_BPX + (batch * kept + kept + p) * X + x, mask=inside & (p < 0) & (p >= -kept), other=0)
         weight = tl.load(weight_XW + x * W + i, mask=inside, other=0).to(tl.float32)
@@ -254,7 +269,7 @@ def gate_rows(
     key = tl.load(key_BTMD + here, mask=inside, other=0).to(tl.float32)
     query = _normed(hidden, tl.load(query_norm_MD + x, mask=inside, other=0).to(tl.float32), eps, D)
     key = _normed(key, tl.load(key_norm_MD + x, mask=inside, other=0).to(tl.float32), eps, D)
-    score = tl.sum(query * key, axis=0) / tl.sqrt(D * 1.0)
+    score = _total(query * key) / tl.sqrt(D * 1.0)
     if KIND != PLAIN:
         size = tl.abs(score)
         root = tl.sqrt(tl.where(size < 1e-6, 1e-6, size))  # where, not maximum: a NaN stays
@@ -270,7 +285,7 @@ def gate_rows(
     added = gate * tl.load(value_BTD + place * D + d, mask=inside, other=0).to(tl.float32)
     if W > 0:
         conv_norm = tl.load(conv_norm_MD + x, mask=inside, other=0).to(tl.float32)
-        own = _normed(added, conv_norm, conv_eps, D).to(inputs_BTX.dtype.element_ty)
+        own = _as_stored(_normed(added, conv_norm, conv_eps, D), inputs_BTX)
         tl.store(inputs_BTX + here, own, mask=inside)
         if WHOLE:
             last = tl.load(conv_weight_XW + x * W + W - 1, mask=inside, other=0).to(tl.float32)
@@ -282,7 +297,7 @@ def gate_rows(
     if WHOLE or W == 0:
         if MASKED:
             added = tl.where(tl.load(mask_BT + place) != 0, added, 0.0)
-        tl.store(out_BTMD + here, (hidden + added).to(out_BTMD.dtype.element_ty), mask=inside)
+        tl.store(out_BTMD + here, _as_stored(hidden + added, out_BTMD), mask=inside)
 
 
 @triton.jit
@@ -310,7 +325,7 @@ def conv_rows(
     if MASKED:
         added = tl.where(tl.load(mask_BT + place) != 0, added, 0.0)
     hidden = tl.load(hidden_BTMD + here, mask=inside, other=0).to(tl.float32)
-    tl.store(out_BTMD + here, (hidden + added).to(out_BTMD.dtype.element_ty), mask=inside)
+    tl.store(out_BTMD + here, _as_stored(hidden + added, out_BTMD), mask=inside)
 
 
 INTERPRETED = not isinstance(gather_rows, triton.JITFunction)  # TRITON_INTERPRET was 1 when this file was imported

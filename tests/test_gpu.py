@@ -414,6 +414,13 @@ def test_without_triton_the_error_says_what_to_install() -> None:
     assert done.stdout.startswith("KernelError the GPU kernels need triton") and "engram-lm[gpu]" in done.stdout
 
 
+@pytest.mark.skipif(NATIVE, reason="this machine has a GPU")
+def test_the_benchmark_refuses_without_a_gpu() -> None:
+    done = run_python("import runpy; runpy.run_path('benchmarks/gpu_rows.py', run_name='__main__')")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: this benchmark needs a GPU") and "hint: install torch for CUDA" in done.stderr
+
+
 @pytest.mark.parametrize("target", ["cuda:80:32", "cuda:90:32", "cuda:120:32", "hip:gfx942:64"])
 def test_every_kernel_compiles_ahead_of_time(target: str, tmp_path: Path) -> None:
     code = (Path(__file__).parent / "compile_gpu.py").read_text()

@@ -28,6 +28,7 @@ import torch
 
 from engram import EngramError
 from engram.kernels.codecs import CODECS
+from engram.kernels.reference import KernelError
 
 try:
     from engram.kernels import gpu
@@ -181,14 +182,14 @@ def decode(gib: float, rounds: int) -> list[dict[str, Any]]:
 
 def measure(gib: float, rounds: int) -> dict[str, Any]:
     """Everything; KernelError where there is no GPU or too little memory on it."""
-    if not torch.cuda.is_available() or gpu.kernels.INTERPRETED:
-        raise gpu.KernelError(
+    if not torch.cuda.is_available() or gpu.INTERPRETED:
+        raise KernelError(
             "this benchmark needs a GPU that torch can use, and Triton's interpreter off",
             hint="install torch for CUDA or ROCm; unset TRITON_INTERPRET",
         )
     free, _ = torch.cuda.mem_get_info()
     if free < (gib + 4) * (1 << 30):
-        raise gpu.KernelError(f"--gib {gib} needs {gib + 4:.0f} GiB of device memory, {free / (1 << 30):.0f} are free")
+        raise KernelError(f"--gib {gib} needs {gib + 4:.0f} GiB of device memory, {free / (1 << 30):.0f} are free")
     torch.manual_seed(0)
     values = parity()
     limits = copy_limits(rounds)

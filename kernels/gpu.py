@@ -30,6 +30,7 @@ try:
 except ImportError as missing:
     raise KernelError(f"the GPU kernels need triton: {missing}", hint="pip install 'engram-lm[gpu]'") from None
 
+INTERPRETED: bool = kernels.INTERPRETED  # tensors of the CPU, in Triton's interpreter; else tensors of a GPU
 KINDS = {"plain": 0, "sqrt": 1, "copysign": 2}  # of the gate, as in GateConfig
 FEW_ROWS = 256  # up to here one program takes one row, so that all are in flight at once
 TILE = 2048  # values that one program holds
@@ -251,8 +252,8 @@ def gate_step(
     The arguments are those of builders.engram.Gate after its two projections, with one difference: the residual is
     added here. `past` holds the inputs at the positions before (None or fewer than P: the text begins there). Where
     `mask` (bool) is False nothing is added and the convolution sees zeros. Sums are fp32; `out` has hidden's type,
-    inputs that of `value`. Any chunking of the same tokens gives the same bits. One launch up to `dilation` positions
-    (decode), else two. KernelError for other types, shapes, devices.
+    inputs that of `value`. The convolution takes inputs as they are stored, so that any chunking gives the same bits.
+    One launch up to `dilation` positions (decode), else two. KernelError for other types, shapes, devices.
     """
     device = _runs_on(hidden_BTMD)
     floats = (torch.float32, torch.bfloat16)
@@ -321,8 +322,8 @@ def check(device: torch.device | str) -> None:
 
 def _runs_on(tensor: Tensor) -> torch.device:
     device = tensor.device
-    if (device.type == "cpu") != kernels.INTERPRETED or device.type not in ("cpu", "cuda"):
-        where = "in Triton's interpreter, on tensors of the CPU" if kernels.INTERPRETED else "on tensors of a GPU"
+    if (device.type == "cpu") != INTERPRETED or device.type not in ("cpu", "cuda"):
+        where = "in Triton's interpreter, on tensors of the CPU" if INTERPRETED else "on tensors of a GPU"
         raise KernelError(
             f"these kernels run {where}, found one on {device}",
             hint="use kernels/cpu.py on the CPU; TRITON_INTERPRET=1 chooses the interpreter, for tests",
@@ -348,7 +349,7 @@ def _readable(name: str, bytes_NK: Tensor) -> None:
             f"{name} must be uint8 of two axes with contiguous rows, found {bytes_NK.dtype} {list(bytes_NK.shape)} "
             f"with strides {list(bytes_NK.stride())}"
         )
-    if bytes_NK.device.type == "cpu" and not (kernels.INTERPRETED or bytes_NK.is_pinned()):
+    if bytes_NK.device.type == "cpu" and not (INTERPRETED or bytes_NK.is_pinned()):
         raise KernelError(f"{name} lies in host memory that is not pinned", hint="call its pin_memory()")
 
 

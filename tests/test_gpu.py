@@ -242,8 +242,8 @@ def test_hash_equals_the_layout_in_chunks(gpu: Any, dialect: str) -> None:
     want = layout.rows(ids)
     for begin, end in ((0, 1), (1, 3), (3, 20), (20, 23)):
         part = ids[:, begin:end]
-        dead, start, stop = layout._flags(part, None)
-        start = np.concatenate([before.start_BJ, start], axis=1)
+        dead, stop = layout.flags(part)
+        start = np.concatenate([before.start_BJ, np.zeros(part.shape, dtype=bool)], axis=1)
         stop = np.concatenate([before.stop_BJ, stop], axis=1)
         got = gpu.hash_layers(on(part), on(dead), on(start), on(stop), on(before.ids_BJ), constants).cpu().numpy()
         for place, layer in enumerate(layout.layers):

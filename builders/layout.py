@@ -181,6 +181,10 @@ class Layout:
         except KernelError as wrong:
             raise LayoutError(str(wrong), hint=wrong.hint) from None
 
+    def flags(self, ids_BT: Ints) -> tuple[Flags, Flags]:
+        """Where a look-back may not begin (dead ids), and where it may not go."""
+        return self._hasher("reference", reference).flags(ids_BT)
+
     def _beginning(self, batch: int) -> Lookback:
         kept = self.orders[-1] - 1
         nothing = np.zeros((batch, kept), dtype=bool)
@@ -223,7 +227,7 @@ class Layout:
         last = slice(max(0, raw.shape[1] - kept), None)
         raw = raw[:, last]
         begin = raw.shape[1]  # the last J of J + T positions
-        _, stop = self._hasher("reference", reference).flags(raw)
+        _, stop = self.flags(raw)
         start = np.zeros(raw.shape, dtype=bool) if start_BT is None else np.asarray(start_BT, dtype=bool)[:, last]
         return Lookback(
             np.concatenate([before.ids_BJ, self.compress(raw)], axis=1)[:, begin:],

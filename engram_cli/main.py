@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from engram import EngramError, __version__
-from engram.cli import build_vocab, demo, export, fill, quantize, recipe, run, train, ui, verify, warm
+from engram.cli import bench, build_vocab, demo, export, fill, quantize, recipe, run, train, ui, verify, warm
 from engram.cli import eval as evaluation
 from engram.cli import hash as hashing
 
@@ -54,6 +54,7 @@ app.command("run")(run.run)
 app.command("warm")(warm.warm)
 app.command("eval")(evaluation.evaluate)
 app.command("demo")(demo.demo)
+app.add_typer(bench.app, name="bench", help="Measure rows, hashing and decoding against this machine's limits.")
 app.add_typer(recipe.app, name="recipe", help="List, show and copy the shipped recipes.")
 
 

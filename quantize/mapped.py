@@ -9,6 +9,7 @@ import hashlib
 import mmap
 import os
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -80,7 +81,7 @@ def _resident_file_bytes() -> int:
         return 0
 
 
-class RowTable:
+class RowTable(ABC):
     """Rows of one table, wherever they lie. Threads may share it.
 
     `verify` says when the checksum of a page is compared: "first-touch" (before a row of it is first used), "open" (all
@@ -215,17 +216,17 @@ class RowTable:
         why = os.strerror(number) if kind == "unreadable" else "it was truncated, or its device failed"
         raise RowStoreError(f"{name} cannot be read while in use: {why}", hint="restore it and start again")
 
+    @abstractmethod
     def _refuse_block(self, number: int) -> NoReturn:
         """The block with this checksum does not match it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def blocks(self) -> Iterator[tuple[int, Bytes]]:
         """(first row, encoded rows [n, K]) of the whole table in order, read beside the mapping; always verified."""
-        raise NotImplementedError
 
+    @abstractmethod
     def seal(self) -> str:
         """SHA-256 of what pins every byte of the rows: headers and checksums."""
-        raise NotImplementedError
 
     def verify_all(self) -> None:
         """Compare every checksum now; what is later read again is compared again only where the file changed."""

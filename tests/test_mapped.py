@@ -317,7 +317,7 @@ def test_rows_beyond_32_bits(tmp_path: Path, width: int, io: str) -> None:
     """A sparse table of hundreds of gigabytes, a few rows of it written where the specification says they lie."""
     codec = CODECS["int8-row"] if width == 72 else CODECS["f32"]
     each = 4096 // codec.row_bytes(width)
-    count = each * (1 << 26) + 1 # a quarter of a terabyte of pages
+    count = each * (1 << 27) + 1  # half a terabyte of pages
     geometry = Geometry(codec, count, width, 0)
     wanted = np.random.default_rng(0).integers(0, count, 300)
     wanted[:3] = [count - 1, count - 2, 0]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram import EngramError
+from engram.kernels import dispatch
 
 
 class GateError(EngramError):
@@ -161,8 +162,8 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class Table(nn.Module):
     """A trainable table whose cost follows the rows touched: the weight stays outside autograd.
 
-    Each training forward takes the distinct rows as one leaf; after `backward`, `take_touched` hands the optimizer
-    those rows and their gradients.
+    Each training forward makes `memory_BTE` a leaf; after `backward`, `take_touched` sums its gradient by row and hands
+    the optimizer the distinct rows.
     """
 
     def __init__(self, weight_ND: Tensor) -> None:
@@ -173,22 +174,24 @@ class Table(nn.Module):
 
     def forward(self, rows_BTC: Tensor) -> Tensor:
         """memory_BTE: the rows of every position side by side."""
-        if not (self.training and torch.is_grad_enabled()):
-            return F.embedding(rows_BTC, self.weight).flatten(-2)
-        rows_U, place = torch.unique(rows_BTC, return_inverse=True)
-        leaf_UD = self.weight[rows_U].requires_grad_()
-        self._touched.append((rows_U, leaf_UD))
-        return F.embedding(place, leaf_UD).flatten(-2)
+        memory_BTE = F.embedding(rows_BTC, self.weight).flatten(-2)
+        if self.training and torch.is_grad_enabled():
+            memory_BTE.requires_grad_()
+            self._touched.append((rows_BTC, memory_BTE))
+        return memory_BTE
 
     def take_touched(self) -> tuple[Tensor, Tensor] | None:
         """Distinct rows [U] and their summed gradients [U, D] since the last call; None when nothing was touched."""
-        touched = [(rows, leaf.grad) for rows, leaf in self._touched if leaf.grad is not None]
+        width = self.weight.shape[1]
+        touched = [(rows.flatten(), leaf.grad.view(-1, width)) for rows, leaf in self._touched if leaf.grad is not None]
         self._touched.clear()
         if not touched:
             return None
-        if len(touched) == 1:
-            return touched[0]
-        rows_U, place = torch.unique(torch.cat([rows for rows, _ in touched]), return_inverse=True)
-        gradients = torch.cat([gradient for _, gradient in touched])
-        summed = torch.zeros(rows_U.numel(), gradients.shape[1], dtype=gradients.dtype, device=gradients.device)
-        return rows_U, summed.index_add_(0, place, gradients)
+        rows_N = torch.cat([rows for rows, _ in touched])
+        gradients_ND = torch.cat([gradient for _, gradient in touched])
+        if gradients_ND.device.type == "cpu" and gradients_ND.dtype == torch.float32:
+            found, summed = dispatch.ops().scatter_add(rows_N.numpy(), gradients_ND.numpy())
+            return torch.from_numpy(found), torch.from_numpy(summed)
+        rows_U, place = torch.unique(rows_N, return_inverse=True)
+        sums_UD = torch.zeros(rows_U.numel(), width, dtype=gradients_ND.dtype, device=gradients_ND.device)
+        return rows_U, sums_UD.index_add_(0, place, gradients_ND)

@@ -9,7 +9,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,8 @@ from numpy.typing import NDArray
 from engram import EngramError
 from engram.builders import hash_constants
 from engram.builders.atomic import write_whole
-from engram.kernels import reference
+from engram.kernels import dispatch, reference
+from engram.kernels.reference import KernelError
 
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -152,27 +155,35 @@ class Layout:
         flat = [prime for heads in self.primes[layer] for prime in heads]
         return np.cumsum([0, *flat[:-1]], dtype=np.int64)
 
+    @cached_property
+    def _hashers(self) -> dict[str, reference.Hasher]:
+        """Hashers by path of the kernels, made when first used."""
+        return {}
+
+    def _hasher(self, path: str, module: ModuleType) -> reference.Hasher:
+        if path not in self._hashers:
+            fill = self.reset_id
+            if fill is None:
+                fill = self.pad_id if self.token_map is None else int(self.token_map[self.pad_id])
+            self._hashers[path] = module.Hasher(
+                token_map=self.token_map, vocab_size=self.vocab_size, negative_ids=self.dialect != "qwen-ple",
+                orders=self.orders, heads=self.heads, multipliers=[self.multipliers[layer] for layer in self.layers],
+                primes=[[prime for heads in self.primes[layer] for prime in heads] for layer in self.layers],
+                offsets=[self.offsets(layer).tolist() for layer in self.layers], dead_ids=self.dead_ids,
+                dead_negative=self.dialect == "v41", reset_id=self.reset_id, fill=fill,
+            )  # fmt: skip
+        return self._hashers[path]
+
     def compress(self, ids_BT: Ints) -> Ints:
         """Compressed ids, elementwise; negative ids pass through (demo and V4.1), any other outsider is an error."""
-        ids = np.asarray(ids_BT, dtype=np.int64)
-        lowest = 0 if self.dialect == "qwen-ple" else None
-        if ids.size and (int(ids.max()) >= self.vocab_size or (lowest is not None and int(ids.min()) < lowest)):
-            outsider = int(ids.max()) if int(ids.max()) >= self.vocab_size else int(ids.min())
-            raise LayoutError(
-                f"token id {outsider} is outside the layout's vocabulary of {self.vocab_size} ids",
-                hint="the text was tokenized by another tokenizer than the one that the layout was built for",
-            )
-        if self.token_map is None:
-            return ids
-        return np.where(ids >= 0, self.token_map[np.maximum(ids, 0)], ids)
+        try:
+            return self._hasher("reference", reference).compress(np.asarray(ids_BT, dtype=np.int64))
+        except KernelError as wrong:
+            raise LayoutError(str(wrong), hint=wrong.hint) from None
 
-    def _flags(self, ids_BT: Ints, start_BT: Flags | None) -> tuple[Flags, Flags, Flags]:
-        dead = np.isin(ids_BT, self.dead_ids) if self.dead_ids else np.zeros(ids_BT.shape, dtype=bool)
-        if self.dialect == "v41":
-            dead = dead | (ids_BT < 0)
-        stop = dead if self.reset_id is None else dead | (ids_BT == self.reset_id)
-        start = np.zeros(ids_BT.shape, dtype=bool) if start_BT is None else np.asarray(start_BT, dtype=bool)
-        return dead, start, stop
+    def flags(self, ids_BT: Ints) -> tuple[Flags, Flags]:
+        """Where a look-back may not begin (dead ids), and where it may not go."""
+        return self._hasher("reference", reference).flags(ids_BT)
 
     def _beginning(self, batch: int) -> Lookback:
         kept = self.orders[-1] - 1
@@ -197,25 +208,27 @@ class Layout:
         """
         raw = np.asarray(ids_BT, dtype=np.int64)
         before = self._beginning(raw.shape[0]) if history is None else history
-        dead, start, stop = self._flags(raw, start_BT)
-        fill = self.reset_id if self.reset_id is not None else int(self.compress(np.array(self.pad_id)))
-        tokens = reference.look_back(
-            self.compress(raw), dead,
-            np.concatenate([before.start_BJ, start], axis=1), np.concatenate([before.stop_BJ, stop], axis=1),
-            before.ids_BJ, fill=fill, depth=self.orders[-1],
-        )  # fmt: skip
-        out = {}
-        for layer in self.layers if layers is None else layers:
-            head_local = reference.hash_ngrams(tokens, self.multipliers[layer], self.orders, self.primes[layer])
-            out[layer] = head_local if local else head_local + self.offsets(layer)
-        return out
+        wanted = self.layers if layers is None else layers
+        start = None if start_BT is None else np.asarray(start_BT, dtype=bool)
+        try:
+            found = self._hasher(dispatch.name(), dispatch.ops()).rows(
+                raw, start, before.ids_BJ, before.start_BJ, before.stop_BJ,
+                [self.layers.index(layer) for layer in wanted], local,
+            )  # fmt: skip
+        except KernelError as wrong:
+            raise LayoutError(str(wrong), hint=wrong.hint) from None
+        return dict(zip(wanted, found, strict=True))
 
     def history(self, ids_BT: NDArray[Any], history: Lookback | None = None, start_BT: Flags | None = None) -> Lookback:
         """What a following call needs to know after these ids."""
+        kept = self.orders[-1] - 1
         raw = np.asarray(ids_BT, dtype=np.int64)
         before = self._beginning(raw.shape[0]) if history is None else history
-        _, start, stop = self._flags(raw, start_BT)
+        last = slice(max(0, raw.shape[1] - kept), None)
+        raw = raw[:, last]
         begin = raw.shape[1]  # the last J of J + T positions
+        _, stop = self.flags(raw)
+        start = np.zeros(raw.shape, dtype=bool) if start_BT is None else np.asarray(start_BT, dtype=bool)[:, last]
         return Lookback(
             np.concatenate([before.ids_BJ, self.compress(raw)], axis=1)[:, begin:],
             np.concatenate([before.start_BJ, start], axis=1)[:, begin:],

@@ -5,13 +5,15 @@ Shape letters: N rows of a table, K bytes a row, C columns, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from engram.kernels import _C
 from engram.kernels.codecs import Bytes, Codec
-from engram.kernels.reference import Ints, prepare_gather, row_outside
+from engram.kernels.reference import Flags, Ints, KernelError, id_outside, prepare_gather, row_outside
 
 
 def gather(
@@ -29,4 +31,71 @@ def gather(
         wrong = _C.gather(codec.code, table_NK, rows, out, width, threads)
         if wrong >= 0:
             raise row_outside(rows, wrong, len(table_NK))
+    return out
+
+
+class Hasher:
+    """Token ids to row ids in one pass; see reference.Hasher."""
+
+    def __init__(
+        self,
+        *,
+        token_map: Ints | None,
+        vocab_size: int,
+        negative_ids: bool,
+        orders: Sequence[int],
+        heads: int,
+        multipliers: Sequence[Sequence[int]],
+        primes: Sequence[Sequence[int]],
+        offsets: Sequence[Sequence[int]],
+        dead_ids: Sequence[int],
+        dead_negative: bool,
+        reset_id: int | None,
+        fill: int,
+    ) -> None:
+        self._columns, self._vocab_size = len(orders) * heads, vocab_size
+        self._hasher = _C.Hasher(
+            token_map=None if token_map is None else np.ascontiguousarray(token_map), vocab_size=vocab_size,
+            negative_ids=negative_ids, orders=list(orders), heads=heads, multipliers=[list(m) for m in multipliers],
+            primes=[list(p) for p in primes], offsets=[list(map(int, o)) for o in offsets], dead_ids=list(dead_ids),
+            dead_negative=dead_negative, reset_id=reset_id, fill=fill,
+        )  # fmt: skip
+
+    def rows(
+        self,
+        ids_BT: Ints,
+        start_BT: Flags | None,
+        past_ids_BJ: Ints,
+        past_start_BJ: Flags,
+        past_stop_BJ: Flags,
+        layers: Sequence[int],
+        local: bool,
+    ) -> list[Ints]:
+        """Row ids [B, T, C] of each of the layers; KernelError for an id outside the vocabulary."""
+        ids_BT = np.ascontiguousarray(ids_BT)
+        out = [np.empty((*ids_BT.shape, self._columns), dtype=np.int64) for _ in layers]
+        wrong = self._hasher.rows(
+            ids_BT, None if start_BT is None else np.ascontiguousarray(start_BT), np.ascontiguousarray(past_ids_BJ),
+            np.ascontiguousarray(past_start_BJ), np.ascontiguousarray(past_stop_BJ), list(layers), local, out,
+        )  # fmt: skip
+        if wrong >= 0:
+            raise id_outside(ids_BT, self._vocab_size)
+        return out
+
+
+def scatter_add(rows_N: Ints, values_ND: NDArray[np.float32]) -> tuple[Ints, NDArray[np.float32]]:
+    """Distinct rows, ascending, and the sum of each one's values; see reference.scatter_add."""
+    if rows_N.dtype != np.int64 or values_ND.dtype != np.float32 or len(rows_N) != len(values_ND):
+        raise KernelError(
+            f"scatter_add takes int64 [N] and float32 [N, D], found {rows_N.dtype} {list(rows_N.shape)} and "
+            f"{values_ND.dtype} {list(values_ND.shape)}"
+        )
+    rows_U, sums_UD = _C.scatter_add(np.ascontiguousarray(rows_N), np.ascontiguousarray(values_ND))
+    return rows_U, sums_UD
+
+
+def crc32_pages(pages_PX: Bytes) -> NDArray[np.uint32]:
+    """CRC-32 of every page, as zlib computes it: uint8 [P, X] to uint32 [P]."""
+    out = np.empty(len(pages_PX), dtype=np.uint32)
+    _C.crc32_pages(np.ascontiguousarray(pages_PX), out, False)
     return out

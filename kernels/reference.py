@@ -7,6 +7,7 @@ N rows, D hidden width, E memory width, M residual branches, W kernel width.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +68,88 @@ def hash_ngrams(
     return np.concatenate(columns, axis=-1)
 
 
+class Hasher:
+    """Token ids to row ids, with the constants of a layout: compression, look-back and hash of every layer.
+
+    `token_map` compresses ids (None: raw ids are hashed); `negative_ids`: ids below zero are allowed and pass through
+    it. An id in `dead_ids` (or below zero where `dead_negative`) and `reset_id` stop a look-back, see `look_back`; what
+    cannot be looked at counts as `fill`. Columns of `primes` and `offsets` are order-major, head-minor.
+    """
+
+    def __init__(
+        self,
+        *,
+        token_map: Ints | None,
+        vocab_size: int,
+        negative_ids: bool,
+        orders: Sequence[int],
+        heads: int,
+        multipliers: Sequence[Sequence[int]],
+        primes: Sequence[Sequence[int]],
+        offsets: Sequence[Sequence[int]],
+        dead_ids: Sequence[int],
+        dead_negative: bool,
+        reset_id: int | None,
+        fill: int,
+    ) -> None:
+        self.token_map, self.vocab_size, self.negative_ids = token_map, vocab_size, negative_ids
+        self.orders, self.heads, self.multipliers = orders, heads, multipliers
+        self.primes, self.offsets = primes, offsets
+        self.dead_ids, self.dead_negative, self.reset_id, self.fill = dead_ids, dead_negative, reset_id, fill
+
+    def compress(self, ids: Ints) -> Ints:
+        """Compressed ids, elementwise; KernelError for an id outside the vocabulary."""
+        if ids.size and (int(ids.max()) >= self.vocab_size or (not self.negative_ids and int(ids.min()) < 0)):
+            raise id_outside(ids, self.vocab_size)
+        if self.token_map is None:
+            return ids
+        return np.where(ids >= 0, self.token_map[np.maximum(ids, 0)], ids)
+
+    def flags(self, ids: Ints) -> tuple[Flags, Flags]:
+        """Where a walk back may not begin (dead), and where it may not go."""
+        dead = np.isin(ids, self.dead_ids) if self.dead_ids else np.zeros(ids.shape, dtype=bool)
+        if self.dead_negative:
+            dead = dead | (ids < 0)
+        return dead, dead if self.reset_id is None else dead | (ids == self.reset_id)
+
+    def rows(
+        self,
+        ids_BT: Ints,
+        start_BT: Flags | None,
+        past_ids_BJ: Ints,
+        past_start_BJ: Flags,
+        past_stop_BJ: Flags,
+        layers: Sequence[int],
+        local: bool,
+    ) -> list[Ints]:
+        """Row ids [B, T, C] of each of the layers (their places in the constants), head-local where `local`.
+
+        `start_BT` marks positions that begin a segment; past_… are the J compressed ids and flags before this call.
+        Raises KernelError for an id outside the vocabulary.
+        """
+        dead_BT, stop_BT = self.flags(ids_BT)
+        start_BT = np.zeros(ids_BT.shape, dtype=bool) if start_BT is None else start_BT
+        tokens_BTK = look_back(
+            self.compress(ids_BT), dead_BT, np.concatenate([past_start_BJ, start_BT], axis=1),
+            np.concatenate([past_stop_BJ, stop_BT], axis=1), past_ids_BJ, fill=self.fill, depth=self.orders[-1],
+        )  # fmt: skip
+        out = []
+        for layer in layers:
+            primes_OH = [self.primes[layer][i : i + self.heads] for i in range(0, len(self.primes[layer]), self.heads)]
+            found = hash_ngrams(tokens_BTK, self.multipliers[layer], self.orders, primes_OH)
+            out.append(found if local else found + np.asarray(self.offsets[layer], dtype=np.int64))
+        return out
+
+
+def id_outside(ids: Ints, vocab_size: int) -> KernelError:
+    """The error for a token id that the vocabulary does not have."""
+    outsider = int(ids.max()) if int(ids.max()) >= vocab_size else int(ids.min())
+    return KernelError(
+        f"token id {outsider} is outside the layout's vocabulary of {vocab_size} ids",
+        hint="the text was tokenized by another tokenizer than the one that the layout was built for",
+    )
+
+
 def gather(
     codec: Codec,
     table_NK: Bytes,
@@ -124,6 +207,19 @@ def row_outside(rows: Ints, place: int, count: int) -> KernelError:
         f"row {int(rows.ravel()[place])} is outside the table, which has {count} rows",
         hint="the rows were hashed with another layout than the table's",
     )
+
+
+def scatter_add(rows_N: Ints, values_ND: NDArray[np.float32]) -> tuple[Ints, NDArray[np.float32]]:
+    """Distinct rows, ascending [U], and the sum of each one's values [U, D], added in order of appearance from 0."""
+    rows_U, place = np.unique(rows_N, return_inverse=True)
+    sums_UD = np.zeros((len(rows_U), values_ND.shape[1]), dtype=np.float32)
+    np.add.at(sums_UD, place, values_ND)
+    return rows_U, sums_UD
+
+
+def crc32_pages(pages_PX: Bytes) -> NDArray[np.uint32]:
+    """CRC-32 of every page, as zlib computes it: uint8 [P, X] to uint32 [P]."""
+    return np.array([zlib.crc32(page.tobytes()) for page in pages_PX], dtype=np.uint32)
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:

@@ -5,10 +5,12 @@ namespace nb = nanobind;
 
 void bind_rows(nb::module_& m);   // bind_rows.cpp: gather, decode, copy, instruction sets
 void bind_pages(nb::module_& m);  // bind_pages.cpp: rows of files
-void bind_ops(nb::module_& m);    // bind_ops.cpp: hash, scatter-add, checksums, gate step
+void bind_ops(nb::module_& m);    // bind_ops.cpp: hash, scatter-add, checksums
+void bind_gate(nb::module_& m);   // bind_gate.cpp: the gate step of decoding
 
 NB_MODULE(_C, m) {
     bind_rows(m);
     bind_pages(m);
     bind_ops(m);
+    bind_gate(m);
 }

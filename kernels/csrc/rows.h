@@ -26,5 +26,6 @@ inline void copy_rows(int64_t bytes, const uint8_t* const* rows, int64_t n, uint
 
 // CRC-32 as zlib computes it (polynomial 0xEDB88320, start and end inverted).
 uint32_t crc32(const uint8_t* bytes, size_t count);
+uint32_t crc32_tables(const uint8_t* bytes, size_t count);  // the portable way, for tests
 
 }  // namespace engram

@@ -13,6 +13,37 @@ def available_isas() -> list[str]: ...
 def active_isa() -> str: ...
 def use_isa(name: str) -> bool: ...
 def available_threads() -> int: ...
+def scatter_add(rows: NDArray[Any], values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]: ...
+def crc32_pages(pages: NDArray[Any], out: NDArray[Any], tables: bool) -> None: ...
+
+class Hasher:
+    def __init__(
+        self,
+        *,
+        token_map: NDArray[Any] | None,
+        vocab_size: int,
+        negative_ids: bool,
+        orders: list[int],
+        heads: int,
+        multipliers: list[list[int]],
+        primes: list[list[int]],
+        offsets: list[list[int]],
+        dead_ids: list[int],
+        dead_negative: bool,
+        reset_id: int | None,
+        fill: int,
+    ) -> None: ...
+    def rows(
+        self,
+        ids: NDArray[Any],
+        start: NDArray[Any] | None,
+        past_ids: NDArray[Any],
+        past_start: NDArray[Any],
+        past_stop: NDArray[Any],
+        layers: list[int],
+        local: bool,
+        out: list[NDArray[Any]],
+    ) -> int: ...
 
 PAGE_WAYS: tuple[str, ...]
 
@@ -60,35 +91,3 @@ def open_pages(
     /,
 ) -> PageReader:
     """A reader that goes this way; RuntimeError where the system cannot, ValueError where this build does not."""
-
-def scatter_add(rows: NDArray[Any], values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]: ...
-def crc32_pages(pages: NDArray[Any], out: NDArray[Any], tables: bool) -> None: ...
-
-class Hasher:
-    def __init__(
-        self,
-        *,
-        token_map: NDArray[Any] | None,
-        vocab_size: int,
-        negative_ids: bool,
-        orders: list[int],
-        heads: int,
-        multipliers: list[list[int]],
-        primes: list[list[int]],
-        offsets: list[list[int]],
-        dead_ids: list[int],
-        dead_negative: bool,
-        reset_id: int | None,
-        fill: int,
-    ) -> None: ...
-    def rows(
-        self,
-        ids: NDArray[Any],
-        start: NDArray[Any] | None,
-        past_ids: NDArray[Any],
-        past_start: NDArray[Any],
-        past_stop: NDArray[Any],
-        layers: list[int],
-        local: bool,
-        out: list[NDArray[Any]],
-    ) -> int: ...

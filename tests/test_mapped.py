@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ways import EVERY_ROW, ROWS, WAYS, WIDTH, open_or_skip, table_file
 from engram.kernels.codecs import CODECS
 from engram.quantize import page_reader
 from engram.quantize.mapped import Budget, MappedTable
-from engram.quantize.row_store import RowStoreError
+from engram.quantize.row_store import Geometry, RowStoreError
 
 
 @pytest.mark.parametrize("io", WAYS)
@@ -308,3 +309,31 @@ print(most["RssFile"], most["RssAnon"], flush=True)
         pytest.skip(child.stdout)
     files, memory = map(int, child.stdout.split())
     assert files <= 12 << 20 and memory <= 12 << 20, (files, memory)
+
+
+@pytest.mark.parametrize("io", WAYS)
+@pytest.mark.parametrize("width", [3, 72, 1024])
+def test_rows_beyond_32_bits(tmp_path: Path, width: int, io: str) -> None:
+    """A sparse table of hundreds of gigabytes, a few rows of it written where the specification says they lie."""
+    codec = CODECS["int8-row"] if width == 72 else CODECS["f32"]
+    each = 4096 // codec.row_bytes(width)
+    count = each * (1 << 27) + 1  # half a terabyte of pages
+    geometry = Geometry(codec, count, width, 0)
+    wanted = np.random.default_rng(0).integers(0, count, 300)
+    wanted[:3] = [count - 1, count - 2, 0]
+    encoded = np.random.default_rng(1).integers(0, 256, (300, geometry.row_bytes), dtype=np.uint8)
+    path = tmp_path / "table"
+    try:
+        with path.open("wb") as file:
+            file.write(geometry.header)
+            for row, content in zip(wanted.tolist(), encoded, strict=True):
+                file.seek(len(geometry.header) + row // each * 4096 + row % each * geometry.row_bytes)
+                file.write(content.tobytes())
+            file.seek(geometry.file_bytes - 4)
+            file.write(zlib.crc32(geometry.header).to_bytes(4, "little"))
+    except OSError as error:
+        pytest.skip(f"no sparse files here: {error}")
+    with open_or_skip(path, io, "off") as table:
+        assert table.rows > 1 << 32 or width == 1024
+        assert np.array_equal(table.gather(wanted), encoded)
+    path.unlink()

@@ -130,7 +130,10 @@ def open_reader(places: Places, codec: Codec, *, verify: bool, io: str) -> tuple
     kernels = _kernels()
     if kernels is None:
         if io != "auto":
-            raise RowStoreError(f"io {io!r} needs the C++ kernels, which are not built", hint="leave --table-io out, or install again with a C++17 compiler")
+            raise RowStoreError(
+                f"io {io!r} needs the C++ kernels, which are not built",
+                hint="leave --table-io out, or install again with a C++17 compiler",
+            )
         return NumpyReader(places, codec, verify), "numpy", "the C++ kernels are not built"
     arguments = (
         list(places.files), list(places.runs), [list(part) for part in places.parts], places.rows, places.sums, verify

@@ -114,13 +114,15 @@ def find(package: HasManifest) -> Path | None:
     return next((folder for folder in places(package) if folder.is_dir()), None)
 
 
-def for_reader(package: HasManifest) -> dict[int, HotRows]:
+def for_reader(package: HasManifest, most_bytes: int | None = None) -> dict[int, HotRows]:
     """The package's hot rows where they can help: not while its tables are in the page cache already.
 
-    Raises HotRowsError as `load_all`.
+    None either where their files hold more than `most_bytes`. Raises HotRowsError as `load_all`.
     """
     folder = find(package)
     if folder is None:
+        return {}
+    if most_bytes is not None and sum(path.stat().st_size for path in folder.iterdir()) > most_bytes:
         return {}
     tables = package.layers.values()
     if all(table.io in CACHED for table in tables):

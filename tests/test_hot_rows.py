@@ -150,6 +150,18 @@ def test_a_table_that_is_in_memory_needs_no_hot_rows(folder: Path, monkeypatch: 
         assert hot_rows.for_reader(package) == {}
 
 
+def test_hot_rows_count_towards_the_bound_on_resident_tables(folder: Path) -> None:
+    with open_package(folder) as package:
+        keep(package, rows_of(package), folder / "hot")
+    size = sum(path.stat().st_size for path in (folder / "hot").iterdir())
+    for bound, used in ((2 * size, True), (2 * size - 2, False)):
+        model = Model.open(folder, cache_bytes=bound)
+        assert bool(model.reader.hot) == used and model.reader.budget is not None
+        held = sum(hot.bytes_UK.nbytes for hot in model.reader.hot.values())
+        assert model.reader.budget.limit == bound - held
+        model.close()
+
+
 def test_what_does_not_help_is_removed(
     folder: Path, text: CorpusConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,7 +130,10 @@ def open_reader(places: Places, codec: Codec, *, verify: bool, io: str) -> tuple
     kernels = _kernels()
     if kernels is None:
         if io != "auto":
-            raise RowStoreError(f"io {io!r} needs the C++ kernels, which are not built", hint="use --io numpy")
+            raise RowStoreError(
+                f"io {io!r} needs the C++ kernels, which are not built",
+                hint="leave --table-io out, or install again with a C++17 compiler",
+            )
         return NumpyReader(places, codec, verify), "numpy", "the C++ kernels are not built"
     arguments = (
         list(places.files), list(places.runs), [list(part) for part in places.parts], places.rows, places.sums, verify
@@ -145,7 +148,7 @@ def open_reader(places: Places, codec: Codec, *, verify: bool, io: str) -> tuple
     try:
         return kernels.open_pages(io, *arguments), io, why
     except (RuntimeError, ValueError) as wrong:
-        raise RowStoreError(f"io {io!r} cannot be used here: {wrong}", hint="use --io auto") from None
+        raise RowStoreError(f"io {io!r} cannot be used here: {wrong}", hint="leave --table-io out") from None
 
 
 def _kernels() -> Any:

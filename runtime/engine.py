@@ -99,7 +99,8 @@ class Model:
             )
         package = open_package(folder, verify=verify, io=table_io)
         try:
-            hot = hot_rows.for_reader(package) if offload == "disk" else None
+            most = None if cache_bytes is None else cache_bytes // 2
+            hot = hot_rows.for_reader(package, most) if offload == "disk" else None
             return cls(package, RowReader(package, offload, cache_bytes=cache_bytes, hot=hot), dtype)
         except BaseException:
             package.close()

@@ -31,12 +31,11 @@ from engram.quantize.row_store import PAGE
 Ints = NDArray[np.int64]
 
 FORMAT = "engram-hot-rows"
-VERSION = 1
+VERSION = "1"
 FOLDER = "hot"
 WARM = 0.9  # of a table's pages are cached: the hot rows stay on the disk
 CACHED = ("mmap", "numpy", "pread")  # ways of reading a table after which its pages stay in the page cache
 _ALIGN = 64
-_FIELDS = {"format", "version", "layer", "seal", "crc32"}
 _AGAIN = "make it again with: engram warm, or remove it with: engram warm PACKAGE --drop"
 
 
@@ -115,13 +114,15 @@ def find(package: HasManifest) -> Path | None:
     return next((folder for folder in places(package) if folder.is_dir()), None)
 
 
-def for_reader(package: HasManifest) -> dict[int, HotRows]:
+def for_reader(package: HasManifest, most_bytes: int | None = None) -> dict[int, HotRows]:
     """The package's hot rows where they can help: not while its tables are in the page cache already.
 
-    Raises HotRowsError as `load_all`.
+    None either where their files hold more than `most_bytes`. Raises HotRowsError as `load_all`.
     """
     folder = find(package)
     if folder is None:
+        return {}
+    if most_bytes is not None and sum(path.stat().st_size for path in folder.iterdir()) > most_bytes:
         return {}
     tables = package.layers.values()
     if all(table.io in CACHED for table in tables):
@@ -159,21 +160,25 @@ def file_name(layer: int) -> str:
 
 def save(path: Path, rows_U: Ints, bytes_UK: Bytes, *, layer: int, seal: str) -> int:
     """Write the hot rows of one table whole or not at all; its size in bytes. `rows_U` ascends strictly."""
-    ids = np.ascontiguousarray(rows_U, dtype="<i8").tobytes()
-    body = ids + np.ascontiguousarray(bytes_UK, dtype=np.uint8).tobytes()
-    fields = {"format": FORMAT, "version": str(VERSION), "layer": str(layer), "seal": seal}
+    body = np.ascontiguousarray(rows_U, dtype="<i8").tobytes() + np.ascontiguousarray(bytes_UK).tobytes()
+    content = _header(*bytes_UK.shape, layer=str(layer), seal=seal, crc32=f"{zlib.crc32(body):08x}") + body
+    write_whole(path, content)
+    return len(content)
+
+
+def _header(count: int, row_bytes: int, *, layer: str, seal: str, crc32: str) -> bytes:
+    """The file up to its data: a function of its fields alone."""
+    ids, end = 8 * count, (8 + row_bytes) * count
     text = json.dumps(
         {
-            "__metadata__": {**fields, "crc32": f"{zlib.crc32(body):08x}"},
-            "rows": {"dtype": "I64", "shape": [len(rows_U)], "data_offsets": [0, len(ids)]},
-            "bytes": {"dtype": "U8", "shape": list(bytes_UK.shape), "data_offsets": [len(ids), len(body)]},
+            "__metadata__": {"format": FORMAT, "version": VERSION, "layer": layer, "seal": seal, "crc32": crc32},
+            "rows": {"dtype": "I64", "shape": [count], "data_offsets": [0, ids]},
+            "bytes": {"dtype": "U8", "shape": [count, row_bytes], "data_offsets": [ids, end]},
         },
         separators=(",", ":"),
     ).encode("ascii")
     text += b" " * (-(8 + len(text)) % _ALIGN)
-    content = len(text).to_bytes(8, "little") + text + body
-    write_whole(path, content)
-    return len(content)
+    return len(text).to_bytes(8, "little") + text
 
 
 def load(path: Path, table: RowTable, seal: str) -> HotRows:
@@ -182,23 +187,20 @@ def load(path: Path, table: RowTable, seal: str) -> HotRows:
     Raises HotRowsError where the file is damaged or of another version, or was taken from a table with another seal.
     """
     content = np.fromfile(path, dtype=np.uint8)
-    length = int.from_bytes(content[:8].tobytes(), "little")
-    body = content[8 + length :]
+    begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    body = content[begin:]
     try:
-        header = json.loads(content[8 : 8 + length].tobytes())
-        fields = header["__metadata__"]
-        wrong = fields.keys() != _FIELDS or fields["format"] != FORMAT
-        crc32 = fields["crc32"]
-        (count,), (rows, row_bytes) = header["rows"]["shape"], header["bytes"]["shape"]
-        sized = rows == count and body.size == count * (8 + row_bytes)
+        header = json.loads(content[8:begin].tobytes())
+        fields, (count, row_bytes) = dict(header["__metadata__"]), header["bytes"]["shape"]
+        found = fields.pop("format"), fields.pop("version")
+        ours = found == (FORMAT, VERSION)
+        altered = ours and content[:begin].tobytes() != _header(count, row_bytes, **fields)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise HotRowsError(f"{path} has no header of hot rows", hint=_AGAIN) from None
-    if wrong:
-        raise HotRowsError(f"{path} does not hold hot rows", hint=_AGAIN)
-    if fields["version"] != str(VERSION):
-        raise HotRowsError(f"{path} has version {fields['version']!r}, this release reads {VERSION}", hint=_AGAIN)
-    if not sized or f"{zlib.crc32(body.data):08x}" != crc32:
-        raise HotRowsError(f"{path} is damaged: its content does not match its checksum", hint=_AGAIN)
+    if not ours:
+        raise HotRowsError(f"{path} has format {found[0]} {found[1]}, expected {FORMAT} {VERSION}", hint=_AGAIN)
+    if altered or body.size != count * (8 + row_bytes) or f"{zlib.crc32(body.data):08x}" != fields["crc32"]:
+        raise HotRowsError(f"{path} is damaged: its content does not match its header and checksum", hint=_AGAIN)
     if fields["seal"] != seal or fields["layer"] != str(table.layer) or row_bytes != table.row_bytes:
         raise HotRowsError(
             f"{path} holds rows of another table than {table.path}, its seal is {fields['seal'][:16]}…", hint=_AGAIN

@@ -79,8 +79,10 @@ class RowReader:
             raise ReaderError(f"placement {placement!r} is not known", hint="use one of: " + ", ".join(PLACEMENTS))
         self.placement, self.tables = placement, dict(package.layers)
         self.table_bytes = sum(table.file_bytes for table in self.tables.values())
-        self.budget = Budget(cache_bytes) if placement == "disk" and cache_bytes is not None else None
         self.hot = dict(hot or {}) if placement == "disk" else {}
+        self.budget: Budget | None = None
+        if placement == "disk" and cache_bytes is not None:
+            self.budget = Budget(max(0, cache_bytes - sum(rows.bytes_UK.nbytes for rows in self.hot.values())))
         self._held: dict[int, tuple[Codec, Bytes]] = {}  # tables in memory
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(COUNTERS, 0)

@@ -150,6 +150,18 @@ def test_a_table_that_is_in_memory_needs_no_hot_rows(folder: Path, monkeypatch: 
         assert hot_rows.for_reader(package) == {}
 
 
+def test_hot_rows_count_towards_the_bound_on_resident_tables(folder: Path) -> None:
+    with open_package(folder) as package:
+        keep(package, rows_of(package), folder / "hot")
+    size = sum(path.stat().st_size for path in (folder / "hot").iterdir())
+    for bound, used in ((2 * size, True), (2 * size - 2, False)):
+        model = Model.open(folder, cache_bytes=bound)
+        assert bool(model.reader.hot) == used and model.reader.budget is not None
+        held = sum(hot.bytes_UK.nbytes for hot in model.reader.hot.values())
+        assert model.reader.budget.limit == bound - held
+        model.close()
+
+
 def test_what_does_not_help_is_removed(
     folder: Path, text: CorpusConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +220,7 @@ def damage(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("place", [-1, -2000, 3, 12])
+@pytest.mark.parametrize("place", [-1, -2000, 3, 12, 40, 100, 200, 320])
 def test_a_damaged_file_is_refused(folder: Path, place: int) -> None:
     with open_package(folder) as package:
         keep(package, rows_of(package), folder / "hot")
@@ -257,7 +269,7 @@ def test_another_version_is_refused(folder: Path) -> None:
         keep(package, rows_of(package), folder / "hot")
         path = folder / "hot" / "layer-01.safetensors"
         path.write_bytes(path.read_bytes().replace(b'"version":"1"', b'"version":"2"'))
-        with pytest.raises(HotRowsError, match="has version '2', this release reads 1"):
+        with pytest.raises(HotRowsError, match="has format engram-hot-rows 2, expected engram-hot-rows 1"):
             hot_rows.load_all(package, folder / "hot")
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from engram import Progress
 from engram.kernels.codecs import Bytes
+from engram.kernels.reference import aligned_empty
 from engram.quantize.mapped import MappedTable
 from engram.quantize.row_store import PAGE
 from engram.runtime.bench_race import BenchError, Contender, Ints
@@ -106,7 +107,8 @@ def _our_open(
 
                 yield Contender(name, call, place.read, kind="raw", maps=True, most_rows=most_rows)
             else:
-                out = np.zeros((most_rows, table.width), dtype=np.float32)
+                out = aligned_empty((most_rows, table.width), np.float32)
+                out.fill(0)
                 codec, width = table.codec, table.width
 
                 def decoded(ids: Ints) -> NDArray[Any]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from engram.kernels import dispatch
 from engram.kernels.codecs import Bytes, Codec, find_codec
+from engram.kernels.reference import aligned_empty
 from engram.runtime.bench_race import BenchError, Contender, Ints
 
 _BLOCK_ROWS = 8192
@@ -56,7 +57,8 @@ def ours(
     codec: Codec, table_NK: Bytes, width: int, most_rows: int, *, threads: int = 1, bf16: bool = False, name: str = ""
 ) -> Contender:
     """Our gather + decode into a buffer that is used again, by the path that `dispatch` chose."""
-    out = np.zeros((most_rows, width), dtype=np.uint16 if bf16 else np.float32)
+    out = aligned_empty((most_rows, width), np.uint16 if bf16 else np.float32)
+    out.fill(0)
     gather = dispatch.ops().gather
 
     def call(ids: Ints) -> NDArray[Any]:
@@ -73,7 +75,8 @@ def ours(
 
 def raw_copy(table_NK: Bytes, most_rows: int, *, threads: int = 1, name: str = "raw copy") -> Contender:
     """The limit: the bytes of the same rows copied out, nothing decoded."""
-    out = np.zeros((most_rows, table_NK.shape[1]), dtype=np.uint8)
+    out = aligned_empty((most_rows, table_NK.shape[1]), np.uint8)
+    out.fill(0)
     if dispatch.name() == "reference":
 
         def call(ids: Ints) -> Bytes:

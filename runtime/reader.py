@@ -17,6 +17,7 @@ from engram import EngramError, Progress
 from engram.builders.process_memory import available_bytes, mapped_resident_bytes
 from engram.kernels import dispatch
 from engram.kernels.codecs import Bytes, Codec, find_codec
+from engram.kernels.reference import aligned_empty
 from engram.quantize.mapped import Budget, RowTable
 from engram.runtime.hot_rows import HotRows, Split
 
@@ -172,7 +173,7 @@ class RowReader:
         wanted = ticket.wanted[layer]
         b, t, c = wanted.rows_BTC.shape
         if out is None:
-            out = np.empty((b, t, c * table.width), dtype=np.float32)
+            out = aligned_empty((b, t, c * table.width), np.float32)
         elif (out.shape != (b, t, c * table.width) or out.dtype not in (np.float32, np.uint16)
               or not out.flags.c_contiguous):  # fmt: skip
             raise ReaderError(

@@ -110,6 +110,11 @@ void finish(Ticket& ticket) {
     }
 }
 
+bool is_asking(const Ticket& ticket) {
+    const int state = ticket.state;
+    return (state == Ticket::queued || state == Ticket::asking) && ticket.process == worker->process;
+}
+
 void withdraw(const PageReader& reader) {
     Worker& w = *worker;
     std::unique_lock<std::mutex> lock(w.mutex);

@@ -73,6 +73,7 @@ struct Ticket {
     std::unique_ptr<uint64_t[]> address;
     std::vector<uint64_t> wanted;      // v numbers to ask the device for
     std::vector<uint64_t> unverified;  // v numbers whose checksum was not compared
+    std::atomic<uint64_t> settled{0};     // blocks below this v number were asked for some time ago
     std::atomic<uint64_t> generation{0};  // of the marks under which all its blocks were verified; 0: none
     std::unique_ptr<uint8_t, void (*)(void*)> arena{nullptr, free};  // pages_arena.h: its blocks,
     std::unique_ptr<uint64_t[]> pointer;                             // where in it the rows are,
@@ -165,6 +166,7 @@ std::shared_ptr<PageReader> make_pread_reader(Places places, bool verify);
 // page_worker.cpp: one background thread for the process.
 void enqueue(const std::shared_ptr<Ticket>& ticket);  // asks before awaits, each first come first served
 void finish(Ticket& ticket);                          // wait for it, or do the work here if nobody began it
+bool is_asking(const Ticket& ticket);                 // the thread asks the device for it, or soon will
 void withdraw(const PageReader& reader);              // drop its tickets from the queues; the thread holds none after
 
 }  // namespace engram

@@ -22,24 +22,28 @@ namespace {
 using Marks = std::unique_ptr<std::atomic<uint64_t>[]>;
 using Ranges = std::vector<iovec>;
 
+constexpr size_t kBatch = 512;             // ranges asked for in one call; the kernel takes up to 1024
+constexpr int64_t kMany = 1024;            // rows from which verifying beside the asking pays
 constexpr uint64_t kSumsAtOnce = 1 << 24;  // checksums up to this size are read in one go, larger ones by the page
 
 void advise(const iovec& range) { madvise(range.iov_base, range.iov_len, MADV_WILLNEED); }
 
 // Ask the kernel to read ranges of memory; it blocks as long as the device's queue is full. Nothing depends on it: a
-// page that was not read is read when it is touched.
-void will_need(const Ranges& ranges) {
+// page that was not read is read when it is touched. `asked` is told the number of ranges after every batch.
+template <class Told>
+void will_need(const Ranges& ranges, Told asked) {
     size_t done = 0;
 #if defined(__linux__) && defined(SYS_process_madvise) && defined(SYS_pidfd_open)
     const long self = ranges.size() > 1 ? syscall(SYS_pidfd_open, getpid(), 0) : -1;
     while (self >= 0 && done < ranges.size()) {
-        const size_t count = std::min<size_t>(1024, ranges.size() - done);
+        const size_t count = std::min(kBatch, ranges.size() - done);
         ssize_t bytes = syscall(SYS_process_madvise, self, ranges.data() + done, count, MADV_WILLNEED, 0U);
         if (bytes <= 0) break;
         const size_t before = done;
         while (done < before + count && bytes >= static_cast<ssize_t>(ranges[done].iov_len))
             bytes -= static_cast<ssize_t>(ranges[done++].iov_len);
         if (done == before) break;
+        asked(done);
     }
     if (self >= 0) close(static_cast<int>(self));
 #endif
@@ -100,7 +104,13 @@ class MmapReader : public PageReader {
         Ranges ranges;
         if (verify_) want_sums(ticket.wanted, ranges);
         for (uint64_t v : ticket.wanted) add(ranges, line_ + v * kBlock, kBlock);
-        will_need(ranges);
+        // What was asked for two batches ago has mostly arrived.
+        uint64_t last = 0;
+        will_need(ranges, [&](size_t done) {
+            ticket.settled.store(last, std::memory_order_release);
+            const uint64_t end = reinterpret_cast<uint64_t>(ranges[done - 1].iov_base) + ranges[done - 1].iov_len;
+            last = end > origin_ && end <= origin_ + bytes_ ? (end - origin_) / kBlock : 0;
+        });
         blocks_asked += ticket.wanted.size();
     }
 
@@ -119,8 +129,9 @@ class MmapReader : public PageReader {
     }
 
     Outcome take(Ticket& ticket, int64_t begin, int64_t end, const Sink& sink) override {
-        finish(ticket);
         arm_guard();
+        if (verify_ && !bounded_ && end - begin >= kMany) verify_behind(ticket, begin, end);
+        finish(ticket);
         const auto* address = reinterpret_cast<const uint8_t* const*>(ticket.address.get());
         Outcome outcome;
         for (int attempt = 0; attempt < kAttempts; attempt++) {
@@ -233,7 +244,31 @@ class MmapReader : public PageReader {
         return {};
     }
 
+    // While the thread asks the device, compare here what has arrived: what is wrong is found again by take().
+    void verify_behind(const Ticket& ticket, int64_t begin, int64_t end) {
+        if (!is_asking(ticket)) return;
+        const uint64_t generation = generation_.load(std::memory_order_acquire);
+        std::vector<uint64_t> blocks = unverified(ticket, begin, end), piece;
+        sort_unique(blocks);
+        auto next = blocks.begin();
+        while (is_asking(ticket)) {
+            const auto settled = std::lower_bound(next, blocks.end(), ticket.settled.load(std::memory_order_acquire));
+            if (settled == next) {
+                usleep(200);
+                continue;
+            }
+            piece.assign(next, settled);
+            if (verify_blocks(piece, generation).kind != Outcome::ok) return;
+            next = settled;
+        }
+    }
+
     Outcome verify_rows(const Ticket& ticket, int64_t begin, int64_t end, uint64_t generation) {
+        std::vector<uint64_t> blocks = unverified(ticket, begin, end);
+        return verify_blocks(blocks, generation);
+    }
+
+    std::vector<uint64_t> unverified(const Ticket& ticket, int64_t begin, int64_t end) const {
         std::vector<uint64_t> blocks;
         const uint64_t* address = ticket.address.get();
         for (const auto& part : places_.parts) {
@@ -245,7 +280,7 @@ class MmapReader : public PageReader {
             }
             address += ticket.n;
         }
-        return verify_blocks(blocks, generation);
+        return blocks;
     }
 
     uint64_t page_ = 0, bytes_ = 0;

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from engram import EngramError
 from engram.kernels import dispatch
+from engram.kernels.reference import Convolution
+
+_FEW = 16  # positions that one thread gates sooner than torch starts its operators
 
 
 class GateError(EngramError):
@@ -138,6 +141,30 @@ class Gate(nn.Module):
             if mask_BT is not None:
                 added = added * mask_BT[..., None, None].to(dtype)
         return added.reshape(hidden.shape).to(hidden.dtype), inputs
+
+    def add(
+        self, hidden: Tensor, memory_BTE: Tensor, past_BPX: Tensor | None = None, mask_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden + forward's first result, and its second; a few positions on a CPU in one pass where it can be had."""
+        if (
+            hidden.shape[0] * hidden.shape[1] > _FEW or hidden.device.type != "cpu" or hidden.dtype != torch.float32
+            or self.value_proj.weight.dtype != torch.float32 or torch.is_grad_enabled() or dispatch.name() == "reference"
+        ):  # fmt: skip
+            added, inputs = self(hidden, memory_BTE, past_BPX, mask_BT)
+            return hidden + added, inputs
+        config = self.config
+        stream = (hidden.unsqueeze(-2) if hidden.dim() == 3 else hidden).contiguous()
+        conv = None
+        if config.conv_kernel:
+            norm, weight = self.norm_conv.detach().numpy(), self.conv_weight.detach().numpy()
+            conv = Convolution(norm, weight, config.conv_dilation, config.conv_eps)
+        out, made = dispatch.ops().gate_step(
+            stream.numpy(), self._split(self.key_proj(memory_BTE)).numpy(), self.value_proj(memory_BTE).numpy(),
+            self.norm_query.detach().numpy(), self.norm_key.detach().numpy(), kind=config.kind, eps=config.eps, conv=conv,
+            past_BPX=None if past_BPX is None else past_BPX.contiguous().numpy(),
+            mask_BT=None if mask_BT is None else mask_BT.bool().numpy(),
+        )  # fmt: skip
+        return torch.from_numpy(out).view(hidden.shape), None if made is None else torch.from_numpy(made)
 
     def _split(self, wide: Tensor) -> Tensor:
         return wide.view(*wide.shape[:-1], self.config.branches, self.config.hidden)

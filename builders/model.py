@@ -161,10 +161,9 @@ class EngramModel(nn.Module):
             call = self._call
             if call is None:  # the backbone is used by itself
                 return hidden
-            added, inputs = self.gate(layer)(hidden, call.memory[layer], call.past.get(layer), call.mask_BT)
+            out, inputs = self.gate(layer).add(hidden, call.memory[layer], call.past.get(layer), call.mask_BT)
             if inputs is not None:
                 call.inputs[layer] = inputs
-            out: Tensor = hidden + added
             return out
 
         def before_block(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

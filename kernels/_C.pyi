@@ -91,3 +91,22 @@ def open_pages(
     /,
 ) -> PageReader:
     """A reader that goes this way; RuntimeError where the system cannot, ValueError where this build does not."""
+
+def gate_step(
+    hidden: NDArray[Any],
+    key: NDArray[Any],
+    value: NDArray[Any],
+    query_norm: NDArray[Any],
+    key_norm: NDArray[Any],
+    eps: float,
+    kind: int,
+    mask: NDArray[Any] | None,
+    conv_norm: NDArray[Any] | None,
+    conv_weight: NDArray[Any] | None,
+    dilation: int,
+    conv_eps: float,
+    past: NDArray[Any] | None,
+    out: NDArray[Any],
+    inputs: NDArray[Any] | None,
+    /,
+) -> None: ...

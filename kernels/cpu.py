@@ -13,7 +13,18 @@ from numpy.typing import NDArray
 
 from engram.kernels import _C
 from engram.kernels.codecs import Bytes, Codec
-from engram.kernels.reference import Flags, Ints, KernelError, id_outside, prepare_gather, row_outside
+from engram.kernels.reference import (
+    Convolution,
+    Flags,
+    Ints,
+    KernelError,
+    id_outside,
+    prepare_gather,
+    row_outside,
+)
+
+Singles = NDArray[np.float32]
+KINDS = {"plain": 0, "sqrt": 1, "copysign": 2}  # GateKind in csrc/gate.h
 
 
 def gather(
@@ -99,3 +110,50 @@ def crc32_pages(pages_PX: Bytes) -> NDArray[np.uint32]:
     out = np.empty(len(pages_PX), dtype=np.uint32)
     _C.crc32_pages(np.ascontiguousarray(pages_PX), out, False)
     return out
+
+
+def gate_step(
+    hidden_BTMD: Singles,
+    key_BTMD: Singles,
+    value_BTD: Singles,
+    query_norm_MD: Singles,
+    key_norm_MD: Singles,
+    *,
+    kind: str,
+    eps: float,
+    conv: Convolution | None = None,
+    past_BPX: Singles | None = None,
+    mask_BT: Flags | None = None,
+) -> tuple[Singles, Singles | None]:
+    """What reference.gate_step gives, from contiguous float32 arrays; made for few positions (one thread).
+
+    Sums are fp64, the rest is fp32: results lie within 1e-6 of the largest value from the fp64 reference, which is what
+    rounding each product, each tap and the exponential to fp32 costs. KernelError for arrays of another kind.
+    """
+    batch, length, branches, width = hidden_BTMD.shape
+    wide = branches * width
+    wanted = [("hidden", hidden_BTMD, hidden_BTMD.shape), ("key", key_BTMD, hidden_BTMD.shape),
+              ("value", value_BTD, (batch, length, width)), ("query norm", query_norm_MD, (branches, width)),
+              ("key norm", key_norm_MD, (branches, width))]  # fmt: skip
+    inputs = None
+    if conv is not None:
+        inputs = np.empty((batch, length, wide), dtype=np.float32)
+        wanted += [("conv norm", conv.norm_MD, (branches, width)),
+                   ("conv weight", conv.weight_XW, (wide, conv.weight_XW.shape[-1]))]  # fmt: skip
+        if past_BPX is not None:
+            wanted.append(("past", past_BPX, (batch, past_BPX.shape[1], wide)))
+    for name, array, shape in wanted:
+        if array.dtype != np.float32 or array.shape != shape or not array.flags.c_contiguous:
+            raise KernelError(
+                f"{name} must be contiguous float32 {list(shape)}, found {array.dtype} {list(array.shape)}"
+            )
+    if kind not in KINDS:
+        raise KernelError(f"gate kind {kind!r} is not known", hint="use one of: " + ", ".join(KINDS))
+    out = np.empty_like(hidden_BTMD)
+    _C.gate_step(
+        hidden_BTMD, key_BTMD, value_BTD, query_norm_MD, key_norm_MD, eps, KINDS[kind],
+        None if mask_BT is None else np.ascontiguousarray(mask_BT), None if conv is None else conv.norm_MD,
+        None if conv is None else conv.weight_XW, 1 if conv is None else conv.dilation,
+        0.0 if conv is None else conv.eps, None if conv is None else past_BPX, out, inputs,
+    )  # fmt: skip
+    return out, inputs

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -282,3 +283,50 @@ def short_conv(x_BTD: Floats, past_BPD: Floats, weight_DW: Floats, dilation: int
         out += full[:, begin : begin + length] * weight_DW[:, i]
     activated: Floats = out / (1.0 + np.exp(-out))
     return activated
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The short convolution's weights: norm [M, D] of its inputs, taps [M * D, W]."""
+
+    norm_MD: Floats
+    weight_XW: Floats
+    dilation: int
+    eps: float
+
+
+def gate_step(
+    hidden_BTMD: Floats,
+    key_BTMD: Floats,
+    value_BTD: Floats,
+    query_norm_MD: Floats,
+    key_norm_MD: Floats,
+    *,
+    kind: str,
+    eps: float,
+    conv: Convolution | None = None,
+    past_BPX: Floats | None = None,
+    mask_BT: Flags | None = None,
+) -> tuple[Floats, Floats | None]:
+    """hidden + gate * value + short_conv of its norm, and the convolution's inputs [B, T, X] (X = M * D) or None.
+
+    `past` holds those inputs at the positions before: None or fewer than (W - 1) * dilation where the text begins
+    there. Where `mask` is False nothing is added, and the convolution sees zeros.
+    """
+    batch, length, branches, width = hidden_BTMD.shape
+    open_BTM = gate(hidden_BTMD, key_BTMD, query_norm_MD, key_norm_MD, eps=eps, kind=kind)
+    if mask_BT is not None:
+        open_BTM = open_BTM * mask_BT[..., None]
+    added_BTMD = open_BTM[..., None] * value_BTD[..., None, :]
+    if conv is None:
+        return hidden_BTMD + added_BTMD, None
+    inputs_BTX = rms_norm(added_BTMD, conv.norm_MD, conv.eps).reshape(batch, length, -1)
+    reach = (conv.weight_XW.shape[1] - 1) * conv.dilation
+    full_BPX = np.zeros((batch, reach, branches * width), dtype=inputs_BTX.dtype)
+    if past_BPX is not None and past_BPX.shape[1]:
+        full_BPX[:, reach - past_BPX.shape[1] :] = past_BPX
+    mixed_BTX = short_conv(inputs_BTX, full_BPX, conv.weight_XW, conv.dilation)
+    added_BTMD = added_BTMD + mixed_BTX.reshape(added_BTMD.shape)
+    if mask_BT is not None:
+        added_BTMD = added_BTMD * mask_BT[..., None, None]
+    return hidden_BTMD + added_BTMD, inputs_BTX

@@ -1,0 +1,26 @@
+// The gate and short convolution of a few positions: kernels/reference.py's gate_step for fp32.
+#pragma once
+#include <cstdint>
+
+namespace engram {
+
+enum GateKind : int { GATE_PLAIN = 0, GATE_SQRT, GATE_COPYSIGN };
+
+// Letters as in kernels/reference.py. Arrays are contiguous.
+struct GateStep {
+    int64_t batch, length, branches, width;       // B, T, M, D
+    const float *hidden, *key, *value;            // [B, T, M, D], [B, T, M, D], [B, T, D]
+    const float *query_norm, *key_norm;           // [M, D]
+    double eps;
+    int kind;
+    const bool* mask;                             // [B, T], or null
+    int64_t taps, dilation, kept;                 // W (0: no convolution), dilation, positions in `past`
+    const float *conv_norm, *conv_weight, *past;  // [M, D], [M * D, W], [B, kept, M * D]
+    double conv_eps;
+    float *out, *inputs;                          // [B, T, M, D], [B, T, M * D]
+};
+
+using RunGateStep = void (*)(const GateStep&);
+RunGateStep gate_step();  // of the active instruction set
+
+}  // namespace engram

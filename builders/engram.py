@@ -146,10 +146,10 @@ class Gate(nn.Module):
         self, hidden: Tensor, memory_BTE: Tensor, past_BPX: Tensor | None = None, mask_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """hidden + forward's first result, and its second; a few positions on a CPU in one pass where it can be had."""
-        if (
-            hidden.shape[0] * hidden.shape[1] > _FEW or hidden.device.type != "cpu" or hidden.dtype != torch.float32
-            or self.value_proj.weight.dtype != torch.float32 or torch.is_grad_enabled() or dispatch.name() == "reference"
-        ):  # fmt: skip
+        singles = hidden.dtype == memory_BTE.dtype == self.value_proj.weight.dtype == torch.float32
+        here = hidden.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        few = hidden.shape[0] * hidden.shape[1] <= _FEW
+        if not (singles and here and few) or dispatch.name() == "reference":
             added, inputs = self(hidden, memory_BTE, past_BPX, mask_BT)
             return hidden + added, inputs
         config = self.config
@@ -160,7 +160,8 @@ class Gate(nn.Module):
             conv = Convolution(norm, weight, config.conv_dilation, config.conv_eps)
         out, made = dispatch.ops().gate_step(
             stream.numpy(), self._split(self.key_proj(memory_BTE)).numpy(), self.value_proj(memory_BTE).numpy(),
-            self.norm_query.detach().numpy(), self.norm_key.detach().numpy(), kind=config.kind, eps=config.eps, conv=conv,
+            self.norm_query.detach().numpy(), self.norm_key.detach().numpy(),
+            kind=config.kind, eps=config.eps, conv=conv,
             past_BPX=None if past_BPX is None else past_BPX.contiguous().numpy(),
             mask_BT=None if mask_BT is None else mask_BT.bool().numpy(),
         )  # fmt: skip

@@ -320,7 +320,7 @@ def gate_step(
     added_BTMD = open_BTM[..., None] * value_BTD[..., None, :]
     if conv is None:
         return hidden_BTMD + added_BTMD, None
-    inputs_BTX = rms_norm(added_BTMD, conv.norm_MD, conv.eps).reshape(batch, length, -1)
+    inputs_BTX = rms_norm(added_BTMD, conv.norm_MD, conv.eps).reshape(batch, length, branches * width)
     reach = (conv.weight_XW.shape[1] - 1) * conv.dilation
     full_BPX = np.zeros((batch, reach, branches * width), dtype=inputs_BTX.dtype)
     if past_BPX is not None and past_BPX.shape[1]:

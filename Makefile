@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install -qq --root-user-action ignore -c constraints.txt
 
-.PHONY: help demo test setup setup-dev kernels docs bench gguf clean
+.PHONY: help demo test setup setup-dev kernels docs bench targets gguf clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,6 +34,9 @@ bench: setup ## the benchmarks on a corpus of yours: make bench CORPUS="folder m
 	@[ -n "$(CORPUS)" ] || { echo 'error: no corpus to measure on; hint: make bench CORPUS="folder more.jsonl"' >&2; exit 1; }
 	$(BIN)/python benchmarks/tokenize_throughput.py $(CORPUS) --tokenizer \
 		"$$($(BIN)/python -c 'from engram.builders.fetch import DEEPSEEK_V3_TOKENIZER as t; print(t.fetch())')"
+
+targets: setup ## what rows, hashing and decoding reach, beside the peers that are installed (15 minutes, 4 GB of memory and of disk)
+	$(BIN)/python benchmarks/targets.py --plot benchmarks/results/rows.png
 
 gguf: setup ## llama-cpp-python, compiled once from source; the wheel is kept in .cache/wheels
 	@command -v c++ >/dev/null || { echo "error: no C++ compiler; hint: apt-get install build-essential cmake" >&2; exit 1; }

@@ -187,7 +187,8 @@ def aligned_empty(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
         return np.empty(shape, dtype=dtype)
     raw = np.empty(size + 64, dtype=np.uint8)
     begin = -raw.__array_interface__["data"][0] % 64
-    return raw[begin : begin + size].view(dtype).reshape(shape)
+    out: NDArray[Any] = raw[begin : begin + size].view(dtype).reshape(shape)
+    return out
 
 
 def prepare_gather(

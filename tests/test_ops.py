@@ -40,7 +40,7 @@ def _question(rng: np.random.Generator, batch: int, length: int, kept: int) -> t
 
 
 @pytest.mark.parametrize("path", CPP)
-@pytest.mark.parametrize("moduli", [(1, 50), (4095, 4200), (4096, 1 << 20), (1 << 30, 1 << 48), (1 << 58, 1 << 59)])
+@pytest.mark.parametrize("moduli", [(1, 50), (4095, 4200), (4096, 1 << 20), (1 << 30, 1 << 48), (1 << 58, 1 << 59), (1 << 60, (1 << 63) - 1)])
 def test_hash_equals_the_reference(path: str, moduli: tuple[int, int]) -> None:
     """Wrapping products, negative mixes, blocked look-backs, every size of modulus, blocks longer than one."""
     rng = np.random.default_rng(moduli[0])
@@ -60,7 +60,7 @@ def test_hash_equals_the_reference(path: str, moduli: tuple[int, int]) -> None:
 def test_the_modulo_is_exact_at_its_edges(path: str) -> None:
     """Mixes next to multiples of the modulus, to both sides, up to the ends of int64."""
     rng = np.random.default_rng(0)
-    for prime in (4096, 4099, 65537, 2**31 - 1, (1 << 47) - 115, (1 << 59) - 55):
+    for prime in (4096, 4099, 65537, 2**31 - 1, (1 << 47) - 115, (1 << 59) - 55, (1 << 62) - 57, (1 << 63) - 25):
         most = (2**63 - 1) // prime
         multiples = np.concatenate([[0, 1, -1, most, -most], rng.integers(-most, most, 500)]) * prime
         values = np.unique(np.concatenate([multiples - 1, multiples, multiples + 1, [2**63 - 1, -(2**63), 1 - 2**63]]))

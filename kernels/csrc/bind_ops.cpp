@@ -46,9 +46,9 @@ public:
                 int64_t(layer.offsets.size()) != plan_.columns)
                 throw std::invalid_argument("constants of another number of orders or heads");
             for (int64_t p : layer.primes) {
-                if (p < 1 || p >= int64_t(1) << 60) throw std::invalid_argument("a prime that is out of range");
+                if (p < 1) throw std::invalid_argument("a modulus below 1");
                 layer.inverses.push_back(1.0 / double(p));
-                layer.small = layer.small || p < 4096;
+                layer.divide = layer.divide || p < 4096 || p >= int64_t(1) << 60;
             }
             plan_.layers.push_back(std::move(layer));
         }
@@ -110,7 +110,7 @@ public:
                     const HashLayer& layer = plan_.layers[size_t(layers[l])];
                     work(plan_.orders.data(), int64_t(plan_.orders.size()), plan_.heads, layer.multipliers.data(),
                          layer.primes.data(), local ? none.data() : layer.offsets.data(), layer.inverses.data(),
-                         layer.small, tokens.data(), n, to[l] + at * plan_.columns);
+                         layer.divide, tokens.data(), n, to[l] + at * plan_.columns);
                 }
                 for (int64_t j = 0; j < J; ++j)
                     line[j] = line[n + j], starts[j] = starts[n + j], stops[j] = stops[n + j];

@@ -11,7 +11,7 @@ struct HashLayer {
     std::vector<int64_t> multipliers;           // [highest order]
     std::vector<int64_t> primes, offsets;       // [columns]
     std::vector<double> inverses;               // 1 / prime
-    bool small = false;  // a prime under 4096: the quotient by multiplication would not be exact enough
+    bool divide = false;  // a modulus under 4096 or from 2^60: multiplication would not be exact, or overflow
 };
 
 struct HashPlan {
@@ -29,7 +29,7 @@ struct HashPlan {
 
 // Rows [n, columns] of n positions; tokens[k][i] is the token k places before position i.
 using HashRows = void (*)(const int64_t* orders, int64_t order_count, int64_t heads, const int64_t* multipliers,
-                          const int64_t* primes, const int64_t* offsets, const double* inverses, bool small,
+                          const int64_t* primes, const int64_t* offsets, const double* inverses, bool divide,
                           const int64_t* const* tokens, int64_t n, int64_t* out);
 HashRows hash_rows();  // of the active instruction set
 

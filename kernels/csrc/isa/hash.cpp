@@ -50,7 +50,7 @@ void eight_heads(const int64_t* mixed, int64_t n, int64_t heads, const int64_t* 
 #endif
 
 void rows(const int64_t* orders, int64_t order_count, int64_t heads, const int64_t* multipliers, const int64_t* primes,
-          const int64_t* offsets, const double* inverses, bool small, const int64_t* const* tokens, int64_t n,
+          const int64_t* offsets, const double* inverses, bool divide, const int64_t* const* tokens, int64_t n,
           int64_t* out) {
     const int64_t columns = order_count * heads;
     int64_t mixed[BLOCK];
@@ -67,7 +67,7 @@ void rows(const int64_t* orders, int64_t order_count, int64_t heads, const int64
                     for (int64_t i = 0; i < count; ++i) mixed[i] ^= int64_t(uint64_t(from[i]) * by);
             }
             const int64_t c = o * heads;
-            if (small) {
+            if (divide) {
                 for (int64_t i = 0; i < count; ++i)
                     for (int64_t h = 0; h < heads; ++h)
                         out[i * columns + c + h] = exact_modulo(mixed[i], primes[c + h]) + offsets[c + h];

@@ -39,8 +39,11 @@ def _question(rng: np.random.Generator, batch: int, length: int, kept: int) -> t
     )  # fmt: skip
 
 
+MODULI = [(1, 50), (4095, 4200), (4096, 1 << 20), (1 << 30, 1 << 48), (1 << 58, 1 << 59), (1 << 60, (1 << 63) - 1)]
+
+
 @pytest.mark.parametrize("path", CPP)
-@pytest.mark.parametrize("moduli", [(1, 50), (4095, 4200), (4096, 1 << 20), (1 << 30, 1 << 48), (1 << 58, 1 << 59), (1 << 60, (1 << 63) - 1)])
+@pytest.mark.parametrize("moduli", MODULI)
 def test_hash_equals_the_reference(path: str, moduli: tuple[int, int]) -> None:
     """Wrapping products, negative mixes, blocked look-backs, every size of modulus, blocks longer than one."""
     rng = np.random.default_rng(moduli[0])

@@ -25,11 +25,14 @@ def test_arm_decoders_equal_the_reference(tmp_path: Path) -> None:
     assert COMPILER and EMULATOR
     program = tmp_path / "rows"
     flags = ["-O2", "-std=c++17", "-ffp-contract=off", "-static", f"-I{CSRC}", "-DENGRAM_ARM=1"]
+    objects = []
     for isa in ("baseline", "neon"):
-        made = ["-c", str(CSRC / "isa" / "rows.cpp"), "-o", str(tmp_path / f"{isa}.o")]
-        subprocess.run([COMPILER, *flags, f"-DENGRAM_ISA={isa}", *made], check=True)
-    sources = [str(Path(__file__).parent / "arm64_rows.cpp"), *(str(CSRC / name) for name in ("rows.cpp", "isa.cpp"))]
-    objects = [str(tmp_path / "baseline.o"), str(tmp_path / "neon.o")]
+        for source in sorted((CSRC / "isa").glob("*.cpp")):
+            objects.append(str(tmp_path / f"{isa}-{source.stem}.o"))
+            made = ["-c", str(source), "-o", objects[-1]]
+            subprocess.run([COMPILER, *flags, f"-DENGRAM_ISA={isa}", *made], check=True)
+    ours = ("rows.cpp", "isa.cpp", "isa_tables.cpp", "crc.cpp")
+    sources = [str(Path(__file__).parent / "arm64_rows.cpp"), *(str(CSRC / name) for name in ours)]
     subprocess.run([COMPILER, *flags, *sources, *objects, "-o", str(program)], check=True)
 
     question, expected = b"", b""

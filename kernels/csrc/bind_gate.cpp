@@ -6,7 +6,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include "gate.h"
+#include "isa_tables.h"
 
 namespace nb = nanobind;
 using namespace engram;
@@ -35,7 +35,7 @@ void step(const In<4>& hidden, const In<4>& key, const In<3>& value, const In<2>
     s.out = out.data(), s.inputs = inputs ? inputs->data() : nullptr;
     if (s.taps > 64 || (s.taps && (!s.inputs || !s.conv_norm))) throw std::invalid_argument("a convolution of this kind");
     nb::gil_scoped_release released;
-    gate_step()(s);
+    active_table().gate_step(s);
 }
 
 }  // namespace

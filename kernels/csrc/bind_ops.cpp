@@ -10,7 +10,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include "hash.h"
+#include "isa_tables.h"
 #include "rows.h"
 #include "threads.h"
 
@@ -84,7 +84,7 @@ public:
         std::vector<uint8_t> starts(size_t(J + BLOCK)), stops(size_t(J + BLOCK)), dead(static_cast<size_t>(BLOCK));
         std::vector<const int64_t*> tokens(static_cast<size_t>(plan_.depth));
         const Numbers none(static_cast<size_t>(plan_.columns), 0);
-        const HashRows work = hash_rows();
+        const HashRows work = active_table().hash_rows;
         for (int64_t b = 0; b < B; ++b) {
             for (int64_t j = 0; j < J; ++j) {
                 line[j] = past_ids.data()[b * J + j];

@@ -21,6 +21,5 @@ struct GateStep {
 };
 
 using RunGateStep = void (*)(const GateStep&);
-RunGateStep gate_step();  // of the active instruction set
 
 }  // namespace engram

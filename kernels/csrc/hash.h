@@ -31,6 +31,5 @@ struct HashPlan {
 using HashRows = void (*)(const int64_t* orders, int64_t order_count, int64_t heads, const int64_t* multipliers,
                           const int64_t* primes, const int64_t* offsets, const double* inverses, bool divide,
                           const int64_t* const* tokens, int64_t n, int64_t* out);
-HashRows hash_rows();  // of the active instruction set
 
 }  // namespace engram

@@ -1,7 +1,9 @@
-// What csrc/isa/rows.cpp gives for each instruction set.
+// What the files in csrc/isa give for each instruction set, and what the active one gives.
 #pragma once
 #include <cstdint>
 
+#include "gate.h"
+#include "hash.h"
 #include "rows.h"
 
 namespace engram {
@@ -12,5 +14,12 @@ struct RowTable {
                                 void* out, bool bf16);
     void (*copy)(int64_t bytes, const uint8_t* const* rows, int64_t n, int64_t known, uint8_t* out);
 };
+
+struct IsaTable {
+    const RowTable* rows;
+    HashRows hash_rows;
+    RunGateStep gate_step;
+};
+IsaTable active_table();
 
 }  // namespace engram

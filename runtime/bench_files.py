@@ -121,7 +121,10 @@ def _our_open(
 
 
 def numpy_openers(place: Place, *, most_rows: int) -> list[Opener]:
-    """NumPy on a map with random advice: take into a buffer, and plain indexing of a memmap."""
+    """NumPy on a map with random advice: plain indexing of a memmap, and take into a buffer where rows fill pages.
+
+    Elsewhere the rows are items that overlap, of which np.take would copy the whole table first.
+    """
 
     def rows_of(area: NDArray[Any]) -> tuple[NDArray[Any], Callable[[Ints], Ints]]:
         """Something to index rows in, and what a row's index is."""
@@ -145,13 +148,11 @@ def numpy_openers(place: Place, *, most_rows: int) -> list[Opener]:
     @contextlib.contextmanager
     def take() -> Iterator[Contender]:
         with mapped() as area:
-            items, index = rows_of(area.view(np.ndarray))
+            items = area.view(np.ndarray).reshape(-1, place.row_bytes)
             out = np.zeros((most_rows, place.row_bytes), dtype=np.uint8)
-            target = out if items.ndim == 2 else out.view(items.dtype)[:, 0]
 
             def call(ids: Ints) -> NDArray[Any]:
-                np.take(items, index(ids), axis=0, out=target[: len(ids)], mode="clip")
-                return out[: len(ids)]
+                return np.take(items, ids, axis=0, out=out[: len(ids)], mode="clip")
 
             del area
             yield Contender("numpy take(out=)", call, place.read, kind="raw", maps=True, most_rows=most_rows)
@@ -167,7 +168,8 @@ def numpy_openers(place: Place, *, most_rows: int) -> list[Opener]:
             del area
             yield Contender("numpy memmap[ids]", call, place.read, kind="raw", maps=True, most_rows=most_rows)
 
-    return [Opener("numpy take(out=)", take, (place.path,)), Opener("numpy memmap[ids]", indexed, (place.path,))]
+    found = [Opener("numpy memmap[ids]", indexed, (place.path,))]
+    return [Opener("numpy take(out=)", take, (place.path,)), *found] if place.tight else found
 
 
 def engramdb_openers(place: Place, scratch: Path, progress: Progress) -> list[Opener]:

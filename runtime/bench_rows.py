@@ -133,6 +133,8 @@ def _field(
 
     def numpy() -> None:
         found.openers.extend(bench_files.numpy_openers(place, most_rows=most))
+        if not place.tight:
+            found.left_out["numpy take(out=)"] = "rows do not fill their pages: it would copy the table at each call"
         found.memory.append(memory(bench_kernels.numpy_decode(codec, raw_table, width, most)))
 
     def torch() -> None:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -160,12 +159,12 @@ class Layout:
         """Hashers by path of the kernels, made when first used."""
         return {}
 
-    def _hasher(self, path: str, module: ModuleType) -> reference.Hasher:
-        if path not in self._hashers:
+    def _hasher(self) -> reference.Hasher:
+        if (path := dispatch.name()) not in self._hashers:
             fill = self.reset_id
             if fill is None:
                 fill = self.pad_id if self.token_map is None else int(self.token_map[self.pad_id])
-            self._hashers[path] = module.Hasher(
+            self._hashers[path] = dispatch.ops().Hasher(
                 token_map=self.token_map, vocab_size=self.vocab_size, negative_ids=self.dialect != "qwen-ple",
                 orders=self.orders, heads=self.heads, multipliers=[self.multipliers[layer] for layer in self.layers],
                 primes=[[prime for heads in self.primes[layer] for prime in heads] for layer in self.layers],
@@ -177,13 +176,13 @@ class Layout:
     def compress(self, ids_BT: Ints) -> Ints:
         """Compressed ids, elementwise; negative ids pass through (demo and V4.1), any other outsider is an error."""
         try:
-            return self._hasher("reference", reference).compress(np.asarray(ids_BT, dtype=np.int64))
+            return self._hasher().compress(np.asarray(ids_BT, dtype=np.int64))
         except KernelError as wrong:
             raise LayoutError(str(wrong), hint=wrong.hint) from None
 
     def flags(self, ids_BT: Ints) -> tuple[Flags, Flags]:
         """Where a look-back may not begin (dead ids), and where it may not go."""
-        return self._hasher("reference", reference).flags(ids_BT)
+        return self._hasher().flags(ids_BT)
 
     def _beginning(self, batch: int) -> Lookback:
         kept = self.orders[-1] - 1
@@ -211,7 +210,7 @@ class Layout:
         wanted = self.layers if layers is None else layers
         start = None if start_BT is None else np.asarray(start_BT, dtype=bool)
         try:
-            found = self._hasher(dispatch.name(), dispatch.ops()).rows(
+            found = self._hasher().rows(
                 raw, start, before.ids_BJ, before.start_BJ, before.stop_BJ,
                 [self.layers.index(layer) for layer in wanted], local,
             )  # fmt: skip

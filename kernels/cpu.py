@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engram.kernels import _C
+from engram.kernels import _C, reference
 from engram.kernels.codecs import Bytes, Codec
 from engram.kernels.reference import (
     Convolution,
@@ -45,31 +45,17 @@ def gather(
     return out
 
 
-class Hasher:
-    """Token ids to row ids in one pass; see reference.Hasher."""
+class Hasher(reference.Hasher):
+    """Token ids to row ids in one pass: `rows` of reference.Hasher in C++, from the same constants."""
 
-    def __init__(
-        self,
-        *,
-        token_map: Ints | None,
-        vocab_size: int,
-        negative_ids: bool,
-        orders: Sequence[int],
-        heads: int,
-        multipliers: Sequence[Sequence[int]],
-        primes: Sequence[Sequence[int]],
-        offsets: Sequence[Sequence[int]],
-        dead_ids: Sequence[int],
-        dead_negative: bool,
-        reset_id: int | None,
-        fill: int,
-    ) -> None:
-        self._columns, self._vocab_size = len(orders) * heads, vocab_size
+    def __init__(self, **constants: Any) -> None:
+        super().__init__(**constants)
         self._hasher = _C.Hasher(
-            token_map=None if token_map is None else np.ascontiguousarray(token_map), vocab_size=vocab_size,
-            negative_ids=negative_ids, orders=list(orders), heads=heads, multipliers=[list(m) for m in multipliers],
-            primes=[list(p) for p in primes], offsets=[list(map(int, o)) for o in offsets], dead_ids=list(dead_ids),
-            dead_negative=dead_negative, reset_id=reset_id, fill=fill,
+            token_map=None if self.token_map is None else np.ascontiguousarray(self.token_map),
+            vocab_size=self.vocab_size, negative_ids=self.negative_ids, orders=list(self.orders), heads=self.heads,
+            multipliers=[list(m) for m in self.multipliers], primes=[list(p) for p in self.primes],
+            offsets=[list(map(int, o)) for o in self.offsets], dead_ids=list(self.dead_ids),
+            dead_negative=self.dead_negative, reset_id=self.reset_id, fill=self.fill,
         )  # fmt: skip
 
     def rows(
@@ -84,13 +70,13 @@ class Hasher:
     ) -> list[Ints]:
         """Row ids [B, T, C] of each of the layers; KernelError for an id outside the vocabulary."""
         ids_BT = np.ascontiguousarray(ids_BT)
-        out = [np.empty((*ids_BT.shape, self._columns), dtype=np.int64) for _ in layers]
+        out = [np.empty((*ids_BT.shape, len(self.orders) * self.heads), dtype=np.int64) for _ in layers]
         wrong = self._hasher.rows(
             ids_BT, None if start_BT is None else np.ascontiguousarray(start_BT), np.ascontiguousarray(past_ids_BJ),
             np.ascontiguousarray(past_start_BJ), np.ascontiguousarray(past_stop_BJ), list(layers), local, out,
         )  # fmt: skip
         if wrong >= 0:
-            raise id_outside(ids_BT, self._vocab_size)
+            raise id_outside(ids_BT, self.vocab_size)
         return out
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 
+from engram.kernels import dispatch
 from engram.kernels.codecs import Bytes, Codec
 from engram.quantize.page_reader import (
     FOLIO,
@@ -366,9 +366,9 @@ class MappedTable(RowTable):
             content = np.frombuffer(self._read(0, count * PAGE, self._begin + page * PAGE), np.uint8)
             content = content.reshape(count, PAGE)
             sums = np.frombuffer(self._read(0, count * 4, self._begin + self.pages * PAGE + page * 4), "<u4")
-            for i in range(count):
-                if zlib.crc32(content[i].data) != int(sums[i]):
-                    self._refuse_block(page + i)
+            wrong = np.flatnonzero(dispatch.ops().crc32_pages(content) != sums)
+            if wrong.size:
+                self._refuse_block(page + int(wrong[0]))
             begin = page * self.rows_per_page
             rows = content[:, :used].reshape(-1, self.row_bytes)
             yield begin, rows[: self.rows - begin]

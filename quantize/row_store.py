@@ -20,6 +20,7 @@ import numpy as np
 
 from engram import EngramError, Progress
 from engram.builders.atomic import sync_path
+from engram.kernels import dispatch
 from engram.kernels.codecs import Bytes, Codec, CodecError, Floats, find_codec
 
 FORMAT = "engram-rows"
@@ -233,7 +234,7 @@ class RowWriter:
         """Write the pages that wait, and their checksums where those belong."""
         count = -(-self._waiting // self.geometry.rows_per_page)
         pages = self._block[:count]
-        sums = np.array([zlib.crc32(page) for page in pages], dtype="<u4")
+        sums = dispatch.ops().crc32_pages(pages).astype("<u4")
         begin = len(self.geometry.header)
         self._sha256.update(pages.data)
         self._write(pages.tobytes(), begin + self._pages * PAGE)

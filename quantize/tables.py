@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from engram.builders.atomic import atomic_folder
 from engram.builders.checkpoint import MANIFEST, Checkpoint, open_checkpoint, table_file
 from engram.kernels.codecs import Codec, Floats, find_codec
 from engram.quantize.folder import check_target
+from engram.quantize.plan import TablePlan
 from engram.quantize.row_store import Geometry, RowWriter, TableFile
 
 FORMAT = "engram-quantized"
@@ -41,6 +42,7 @@ class QuantizeConfig:
     checkpoint: Path
     out: Path
     tables: str = "int8"
+    plans: Mapping[int, TablePlan] | None = None  # by layer; all rows in `tables` where there is none
     force: bool = False
 
 

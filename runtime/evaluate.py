@@ -66,6 +66,15 @@ class EvalConfig:
             raise EvaluateError(f"max_tokens {self.max_tokens} must be at least 2")
 
 
+@dataclass(frozen=True)
+class Sample:
+    """How much of a text to read; see EvalConfig."""
+
+    max_tokens: int | None = None
+    document_tokens: int = 2048
+    sequence: int = 512
+
+
 @dataclass
 class Scores:
     """Sums over one document: predicted tokens, their UTF-8 bytes, and nats by arm."""
@@ -102,7 +111,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
     return summary(scored, config) | {"documents_sha256": digest}
 
 
-def choose(cache: TokenCache, config: EvalConfig) -> list[tuple[int, int]]:
+def choose(cache: TokenCache, config: EvalConfig | Sample) -> list[tuple[int, int]]:
     """(document, tokens of it to read), in the order of the documents' hashes."""
     lengths, chosen = cache.lengths(), []
     left = int(lengths.sum()) if config.max_tokens is None else config.max_tokens
@@ -138,6 +147,8 @@ def shuffled(rows: Mapping[int, Ints], layout: Layout, seed: int) -> dict[int, I
         primes = np.array([p for heads in layout.primes[layer] for p in heads], dtype=np.int64)
         factor_C = np.array([generator.integers(max(1, p // 3), max(2, p)) for p in primes], dtype=np.int64)
         shift_C = np.array([generator.integers(0, p) for p in primes], dtype=np.int64)
+        if layer not in rows:  # drawn all the same, so that a layer's permutation does not depend on what is asked for
+            continue
         local_BTC = rows[layer] - layout.offsets(layer)
         out[layer] = (local_BTC * factor_C + shift_C) % primes + layout.offsets(layer)
     return out

@@ -54,12 +54,14 @@ class Readout:
             if watch is not None:
                 watch[layer] = state_BTD
             added_BTD, _ = self.engram.gate(layer)(state_BTD, memory[layer])
-            return (state_BTD + added_BTD)[0]
-        if self.plain_head:
-            return self.engram.states(ids_BT, memory, watch)[0]
-        if watch is not None:
-            self.engram.states(ids_BT, memory, watch)
-        return self.engram(ids_BT, memory)[0]
+            out: Tensor = state_BTD + added_BTD
+        elif self.plain_head:
+            out = self.engram.states(ids_BT, memory, watch)
+        else:
+            if watch is not None:
+                self.engram.states(ids_BT, memory, watch)
+            out = self.engram(ids_BT, memory)
+        return out[0]
 
     def logits(self, states_TD: Tensor) -> Tensor:
         """float32 [T, V]."""

@@ -34,7 +34,7 @@ from engram.runtime.calibrate import RowWeights, count_rows, with_openings
 from engram.runtime.evaluate import Sample
 from engram.runtime.plan_search import look_at, total_bytes, within_bytes
 from engram.runtime.quality import Judge, layers_of, shuffled_rows, zero_rows
-from engram.runtime.quality_gate import QualityConfig, float_model, read_windows, windows_of
+from engram.runtime.quality_gate import float_model, windows_of
 from engram.runtime.readout import Readout
 from engram.runtime.row_sources import FloatRows, PlannedRows
 
@@ -62,8 +62,10 @@ class Study:
         """The float model on held-out windows, opened when the first figure is missing."""
         if self._judge is None:
             text = CorpusConfig((self.told["parts"]["held_out"],))
-            windows, _ = read_windows(self.checkpoint, QualityConfig(text, max_tokens=self.tokens), self.seen)
-            self._judge = Judge(float_model(self.checkpoint), self.rows, windows, self.seen)
+            model = float_model(self.checkpoint)
+            config = QualityConfig(text, max_tokens=self.tokens)
+            windows, _ = read_windows(self.checkpoint, config, context_of(model), self.seen)
+            self._judge = Judge(model, self.rows, windows, self.seen)
         return self._judge
 
     def figure(self, group: str, name: str, work: Callable[[], dict[str, Any]]) -> None:
@@ -158,8 +160,9 @@ class Study:
         cache = TokenCache.build(CorpusConfig(tuple(parts)), self.checkpoint.folder / "tokenizer.json", self.seen)
         layout = self.checkpoint.layout
         weights = count_rows(cache, layout, range(cache.documents), self.seen)
-        windows, _ = windows_of(self.checkpoint.folder, cache, Sample(2_048), 1 << 30)
-        return with_openings(weights, Judge(self.judge.readout.engram, self.rows, windows, self.seen))
+        model = self.judge.readout.engram
+        windows, _ = windows_of(self.checkpoint.folder, cache, Sample(2_048), context_of(model))
+        return with_openings(weights, Judge(model, self.rows, windows, self.seen))
 
     def grid(self) -> None:
         """Tables x backbones."""

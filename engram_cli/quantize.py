@@ -78,8 +78,8 @@ def quantize(
     if out is None:
         raise UsageError("--out is missing", hint="say where to write, or give --sample N to only look")
     from engram.builders.corpus import CorpusConfig
-    from engram.runtime.quality_gate import Bound
-    from engram.runtime.quantize_run import QuantizeRun, quantize_run
+    from engram.runtime.quantize_config import Bound, QuantizeRun
+    from engram.runtime.quantize_run import quantize_run
 
     def text(sources: list[str]) -> CorpusConfig | None:
         return CorpusConfig(tuple(sources), field=field, suffixes=tuple(suffix)) if sources else None

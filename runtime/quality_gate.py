@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from engram import EngramError, Progress
+from engram import Progress
 from engram.builders.atomic import put_in_place, sync_path, write_whole
 from engram.builders.backbone import BackboneRef, load_backbone
 from engram.builders.checkpoint import MANIFEST, Checkpoint, open_checkpoint
@@ -36,43 +36,11 @@ from engram.runtime.quality import (
     shuffled_rows,
     zero_rows,
 )
+from engram.runtime.quantize_config import Bound, QualityError
 from engram.runtime.readout import Readout
 from engram.runtime.row_sources import FloatRows, StoredRows
 
 DTYPE = "float32"  # of both backbones: bfloat16 rounds away what is to be measured
-
-
-class QualityError(EngramError):
-    """A bound or a text that nothing can be judged by."""
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The most that the loss may grow: nats a token, or a share of the float model's loss."""
-
-    value: float
-    relative: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> Bound:
-        """"0.5%" or "0.002" (nats a token); QualityError for anything else."""
-        try:
-            value = float(text.removesuffix("%"))
-        except ValueError:
-            value = float("nan")
-        if not 0 <= value < float("inf"):
-            raise QualityError(
-                f"--max-loss {text!r} is neither nats a token nor a percentage",
-                hint="write 0.002 (nats a token) or 0.5% (of the float model's loss)",
-            )
-        return cls(value / 100, True) if text.endswith("%") else cls(value)
-
-    def nats(self, loss: float) -> float:
-        """The bound in nats a token for a model of this loss."""
-        return self.value * loss if self.relative else self.value
-
-    def __str__(self) -> str:
-        return f"{100 * self.value:g}%" if self.relative else f"{self.value:g} nats"
 
 
 @dataclass(frozen=True)
@@ -115,12 +83,19 @@ def windows_of(folder: Path, cache: TokenCache, sample: Sample, context: int) ->
     return found, digest
 
 
-def read_windows(checkpoint: Checkpoint, config: QualityConfig, progress: Progress) -> tuple[list[Window], str]:
+def context_of(model: EngramModel) -> int:
+    """Positions that the backbone was made for."""
+    return int(getattr(model.backbone.config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+
+def read_windows(
+    checkpoint: Checkpoint, config: QualityConfig, context: int, progress: Progress
+) -> tuple[list[Window], str]:
     """The gate's windows."""
     cache = TokenCache.build(config.data, checkpoint.folder / "tokenizer.json", progress)
     try:
         sample = Sample(config.max_tokens, config.document_tokens, config.sequence)
-        return windows_of(checkpoint.folder, cache, sample, 1 << 30)
+        return windows_of(checkpoint.folder, cache, sample, context)
     finally:
         cache.discard()
 
@@ -134,10 +109,10 @@ def judge_quantized(
     divergence, agreement, the share of the gain that is kept, gate-weighted row errors, the verdict.
     """
     checkpoint = open_checkpoint(checkpoint_folder)
-    windows, digest = read_windows(checkpoint, config, progress)
     rows = FloatRows(checkpoint)
     with progress.task("open the float model"):
         model = float_model(checkpoint)
+    windows, digest = read_windows(checkpoint, config, context_of(model), progress)
     judge = Judge(model, rows, windows, progress)
     prompts = [w for w in windows if len(w.ids_T) >= config.prompt_tokens][:: max(1, len(windows) // config.prompts)]
     prompts = [Window(w.document, w.ids_T[: config.prompt_tokens]) for w in prompts[: config.prompts]]

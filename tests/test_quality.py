@@ -18,7 +18,8 @@ from engram.quantize.plan import TablePlan
 from engram.quantize.tables import QuantizeConfig, quantize
 from engram.runtime.engine import Model
 from engram.runtime.quality import Judge, Window, bootstrap, continuations, shuffled_rows, zero_rows
-from engram.runtime.quality_gate import Bound, QualityConfig, QualityError, float_model, judge_quantized, settle
+from engram.runtime.quality_gate import QualityConfig, float_model, judge_quantized, settle
+from engram.runtime.quantize_config import Bound, QualityError
 from engram.runtime.row_sources import FloatRows, PlannedRows, StoredRows
 
 WORDS = "memory table rows disk read numbers model the of a has are from their by and is".split()

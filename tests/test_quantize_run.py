@@ -1,4 +1,4 @@
-"""`engram quantize` as a whole: text in, plan, tables, gate, verdict; exit codes and what lies on the disk afterwards."""
+"""`engram quantize` as a whole: text in, plan, tables, gate, verdict; exit codes and what is left on the disk."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from engram.cli.main import main
 from engram.quantize.inspect import inspect
 from engram.quantize.package import ExportConfig, export_package, open_source
 from engram.quantize.tables import QuantizeError
-from engram.runtime.quality_gate import Bound
-from engram.runtime.quantize_run import QuantizeRun, quantize_run
+from engram.runtime.quantize_config import Bound, QuantizeRun
+from engram.runtime.quantize_run import quantize_run
 from engram.runtime.row_sources import StoredRows
 
+Texts = dict[str, CorpusConfig]
 WORDS = "memory table rows disk read numbers model the of a has are from their by and is".split()
 
 
@@ -30,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, CorpusConfig]:
+def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Texts:
     """Text for calibration, and other text of the same kind to judge by."""
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
     generator = np.random.default_rng(0)
@@ -50,7 +51,7 @@ def command(*words: object) -> tuple[int, Any]:
 
 
 def test_the_gate_passes_and_fails_by_exit_code(
-    made: Path, tmp_path: Path, texts: dict[str, CorpusConfig], capsys: pytest.CaptureFixture[str]
+    made: Path, tmp_path: Path, texts: Texts, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gate = ("--gate", tmp_path / "gate.jsonl", "--gate-tokens", 400)
     out = tmp_path / "good"
@@ -70,7 +71,7 @@ def test_the_gate_passes_and_fails_by_exit_code(
     assert not list(tmp_path.glob("*.candidate*")) and not list(tmp_path.glob("*.partial"))
 
 
-def test_a_refused_result_leaves_an_earlier_one_alone(made: Path, tmp_path: Path, texts: dict[str, CorpusConfig]) -> None:
+def test_a_refused_result_leaves_an_earlier_one_alone(made: Path, tmp_path: Path, texts: Texts) -> None:
     out = tmp_path / "out"
     quantize_run(QuantizeRun(made, out, "int8"))
     before = (out / "engram.json").read_bytes()
@@ -84,7 +85,7 @@ def test_a_refused_result_leaves_an_earlier_one_alone(made: Path, tmp_path: Path
     assert (out / "engram.json").read_bytes() == before and not list(tmp_path.glob("*.candidate*"))
 
 
-def test_rows_are_stored_by_how_a_text_reads_them(made: Path, tmp_path: Path, texts: dict[str, CorpusConfig]) -> None:
+def test_rows_are_stored_by_how_a_text_reads_them(made: Path, tmp_path: Path, texts: Texts) -> None:
     checkpoint = open_checkpoint(made)
     config = QuantizeRun(
         made, tmp_path / "mixed", "nf4", calibrate=texts["calibrate"], frequent=("f32", 0.25), drop_unseen=True
@@ -113,7 +114,7 @@ def test_rows_are_stored_by_how_a_text_reads_them(made: Path, tmp_path: Path, te
     assert inspect(tmp_path / "package")["layers"][0]["dtype"] == "nf4+f32+dropped"
 
 
-def test_auto_keeps_a_budget_and_says_what_it_traded(made: Path, tmp_path: Path, texts: dict[str, CorpusConfig]) -> None:
+def test_auto_keeps_a_budget_and_says_what_it_traded(made: Path, tmp_path: Path, texts: Texts) -> None:
     full = sum(layer["bytes"] for layer in quantize_run(QuantizeRun(made, tmp_path / "int8"))["tables"].values())
     told = quantize_run(QuantizeRun(made, tmp_path / "auto", "auto", texts["calibrate"], budget=full))
     assert sum(layer["bytes"] for layer in told["tables"].values()) <= full
@@ -121,7 +122,7 @@ def test_auto_keeps_a_budget_and_says_what_it_traded(made: Path, tmp_path: Path,
     assert sum(c["rows"] for c in told["plans"]["1"]["classes"]) == open_checkpoint(made).layout.table_rows[1]
 
 
-def test_auto_finds_less_for_a_larger_loss(made: Path, tmp_path: Path, texts: dict[str, CorpusConfig]) -> None:
+def test_auto_finds_less_for_a_larger_loss(made: Path, tmp_path: Path, texts: Texts) -> None:
     sizes = []
     for text in ("0.01%", "20%"):
         config = QuantizeRun(made, tmp_path / text[:3], "auto", texts["calibrate"], max_loss=Bound.parse(text))
@@ -150,7 +151,7 @@ def test_auto_finds_less_for_a_larger_loss(made: Path, tmp_path: Path, texts: di
     ],
 )
 def test_options_that_contradict_one_another_are_refused_before_any_work(
-    options: dict[str, Any], words: str, texts: dict[str, CorpusConfig], tmp_path: Path
+    options: dict[str, Any], words: str, texts: Texts, tmp_path: Path
 ) -> None:
     if options.get("calibrate"):
         options = options | {"calibrate": texts["calibrate"]}
@@ -185,7 +186,7 @@ def test_a_sample_is_reported_and_nothing_written(
     assert sorted(made.rglob("*")) == before
 
 
-def test_the_budget_below_the_least_is_refused(made: Path, tmp_path: Path, texts: dict[str, CorpusConfig]) -> None:
+def test_the_budget_below_the_least_is_refused(made: Path, tmp_path: Path, texts: Texts) -> None:
     with pytest.raises(EngramError, match="the budget is 1"):
         quantize_run(QuantizeRun(made, tmp_path / "auto", "auto", texts["calibrate"], budget=1))
     assert QuantizeError and not (tmp_path / "auto").exists()

@@ -50,20 +50,18 @@ inline float finite_reciprocal(float scale) {
 // The nearest entry of a book: how many middles between its entries lie below x. The middles are rounded down to fp32:
 // x is above the exact middle where it is above that.
 using I = int32_t __attribute__((vector_size(4 * W)));
-inline void count_below(const float* middles, const float* q, uint8_t* codes) {
-    int32_t wide[GROUP];
+inline void count_below(const float* middles, const float* q, int32_t* codes) {
     for (int i = 0; i < GROUP; i += W) {
         V x;
         memcpy(&x, q + i, sizeof x);
         I code = {};
         for (int j = 0; j < 15; ++j) code -= I(x > set1(middles[j]));  // true is -1
-        memcpy(wide + i, &code, sizeof code);
+        memcpy(codes + i, &code, sizeof code);
     }
-    for (int i = 0; i < GROUP; ++i) codes[i] = uint8_t(wide[i]);
 }
 
 // 32 codes to 16 bytes; of a group of n: n / 2.
-inline void put_nibbles(const uint8_t* codes, int64_t n, uint8_t* out) {
+inline void put_nibbles(const int32_t* codes, int64_t n, uint8_t* out) {
     if (n == GROUP)
         for (int i = 0; i < GROUP / 2; ++i) out[i] = uint8_t(codes[i] | codes[i + GROUP / 2] << 4);
     else
@@ -185,7 +183,7 @@ struct Nf4 {
             const float divisor = scale != 0.0f ? scale : bits_to_float(INFINITE);  // x / infinity is zero
             float q[GROUP];
             for (int i = 0; i < GROUP; ++i) q[i] = v[i] / divisor;
-            uint8_t codes[GROUP];
+            int32_t codes[GROUP];
             count_below(NF4_MIDDLES, q, codes);
             put_nibbles(codes, n, out + g / 2);
             return true;
@@ -198,10 +196,10 @@ struct GgufQ4 {
             uint32_t most;
             const float scale = largest_value(v, most) / -8.0f, inverse = finite_reciprocal(scale);
             uint8_t* block = out + g / GROUP * 18;
-            uint8_t codes[GROUP];
+            int32_t codes[GROUP];
             for (int i = 0; i < GROUP; ++i) {
                 const int32_t code = int32_t(v[i] * inverse + 8.5f);
-                codes[i] = uint8_t(code < 15 ? code : 15);
+                codes[i] = code < 15 ? code : 15;
             }
             put_nibbles(codes, GROUP, block + 2);
             return put_half(scale, block) & (most < INFINITE);
@@ -216,7 +214,7 @@ struct GgufIq4 {
             uint8_t* block = out + g / GROUP * 18;
             float q[GROUP];
             for (int i = 0; i < GROUP; ++i) q[i] = v[i] * inverse;
-            uint8_t codes[GROUP];
+            int32_t codes[GROUP];
             count_below(IQ4_MIDDLES, q, codes);
             put_nibbles(codes, GROUP, block + 2);
             return put_half(scale, block) & (most < INFINITE);

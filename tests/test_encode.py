@@ -35,7 +35,7 @@ def odd_rows(width: int) -> Floats:
     """Rows that meet the corners: zeros of both signs, ties, equals, steps, subnormal and huge numbers, any bits."""
     rng = np.random.default_rng(width)
     plain = rng.standard_normal((64, width)).astype(np.float32)
-    rows = [plain, plain * np.float32(1e-38), plain * np.float32(3e-42), plain * np.float32(1e-8), plain * np.float32(1e4)]
+    rows = [plain * np.float32(scale) for scale in (1, 1e-38, 3e-42, 1e-8, 1e4)]
     rows += [plain * (np.float32(2) ** rng.integers(-149, 16, (64, width))).astype(np.float32)]
     rows += [np.clip(plain, -1, 1) * np.finfo(np.float32).max]
     rows += [rng.integers(-9, 9, (64, width)).astype(np.float32) / np.float32(2)]  # ties and equal magnitudes

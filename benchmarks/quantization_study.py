@@ -34,9 +34,9 @@ from engram.runtime.calibrate import RowWeights, count_rows, with_openings
 from engram.runtime.evaluate import Sample
 from engram.runtime.plan_search import look_at, total_bytes, within_bytes
 from engram.runtime.quality import Judge, layers_of, shuffled_rows, zero_rows
-from engram.runtime.quality_gate import float_model, windows_of
+from engram.runtime.quality_gate import QualityConfig, context_of, float_model, read_windows, windows_of
 from engram.runtime.readout import Readout
-from engram.runtime.row_sources import FloatRows, PlannedRows
+from engram.runtime.row_sources import FloatTables, PlannedRows
 
 BUDGETS = (1.0, 0.75, 0.6)  # of what nf4 takes
 GRID_TABLES = ("f32", "int8", "nf4", "h2")
@@ -55,7 +55,7 @@ class Study:
         self.found: dict[str, Any] = found if found.get("key") == self.key else {"key": self.key}
         self.tokens, self._judge = tokens, None
         self.checkpoint: Checkpoint = open_checkpoint(Path(told["checkpoint"]))
-        self.rows = FloatRows(self.checkpoint)
+        self.rows = FloatTables(self.checkpoint)
 
     @property
     def judge(self) -> Judge:

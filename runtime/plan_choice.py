@@ -17,7 +17,7 @@ from engram.runtime.plan_search import look_at, total_bytes, within_bytes, withi
 from engram.runtime.quality import Judge
 from engram.runtime.quality_gate import context_of, float_model, windows_of
 from engram.runtime.quantize_config import AUTO, QuantizeRun
-from engram.runtime.row_sources import FloatRows, PlannedRows
+from engram.runtime.row_sources import FloatTables, PlannedRows
 
 _SEARCH_SHARE = 5  # every fifth calibration document is searched on, not counted
 _OPENING_TOKENS = 8_192
@@ -31,7 +31,7 @@ def choose_plans(config: QuantizeRun, progress: Progress) -> tuple[dict[int, Tab
     """
     assert config.calibrate is not None
     checkpoint = open_checkpoint(config.checkpoint)
-    layout, rows = checkpoint.layout, FloatRows(checkpoint)
+    layout, rows = checkpoint.layout, FloatTables(checkpoint)
     cache = TokenCache.build(config.calibrate, checkpoint.folder / "tokenizer.json", progress)
     try:
         order = np.argsort(cache.hashes(), kind="stable")

@@ -22,7 +22,7 @@ from engram.builders.layout import Layout
 from engram.kernels.codecs import CodecError, find_codec
 from engram.quantize.plan import MOST_CLASSES, TablePlan
 from engram.runtime.calibrate import RowWeights
-from engram.runtime.row_sources import FloatRows, through_codec
+from engram.runtime.row_sources import FloatTables, through_codec
 
 CANDIDATES = ("bf16", "int8", "int8-row", "nf4", "q4_0", "h4", "h3", "h2")
 _SAMPLE = 4096  # rows on which a codec's error is measured
@@ -75,7 +75,7 @@ def _compact(codecs: Sequence[str | None], heads_C: Any, listed: Mapping[int, An
 
 
 def look_at(
-    source: FloatRows, layout: Layout, weights: Mapping[int, RowWeights], values: Mapping[int, NDArray[np.float32]],
+    source: FloatTables, layout: Layout, weights: Mapping[int, RowWeights], values: Mapping[int, NDArray[np.float32]],
     *, keep: int = MOST_CLASSES, candidates: Sequence[str] = CANDIDATES,
 ) -> list[_Table]:  # fmt: skip
     """What the search needs of every table. `values`: each layer's value projection [H, E]."""

@@ -38,7 +38,7 @@ from engram.runtime.quality import (
 )
 from engram.runtime.quantize_config import Bound, QualityError
 from engram.runtime.readout import Readout
-from engram.runtime.row_sources import FloatRows, StoredRows
+from engram.runtime.row_sources import FloatTables, StoredRows
 
 DTYPE = "float32"  # of both backbones: bfloat16 rounds away what is to be measured
 
@@ -109,7 +109,7 @@ def judge_quantized(
     divergence, agreement, the share of the gain that is kept, gate-weighted row errors, the verdict.
     """
     checkpoint = open_checkpoint(checkpoint_folder)
-    rows = FloatRows(checkpoint)
+    rows = FloatTables(checkpoint)
     with progress.task("open the float model"):
         model = float_model(checkpoint)
     windows, digest = read_windows(checkpoint, config, context_of(model), progress)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from engram.builders.checkpoint import Checkpoint
 from engram.builders.layout import Layout
+from engram.kernels import dispatch
 from engram.kernels.codecs import find_codec
 from engram.quantize.mapped import RowTable
 from engram.quantize.plan import TablePlan
@@ -20,7 +21,7 @@ Ints = NDArray[np.int64]
 Singles = NDArray[np.float32]
 
 
-class FloatRows:
+class FloatTables:
     """Rows of a float checkpoint's mapped tables."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -52,7 +53,7 @@ class StoredRows:
 class PlannedRows:
     """What tables written by a plan would hold, bit for bit: the float rows that are read, encoded and decoded."""
 
-    def __init__(self, source: FloatRows, layout: Layout, plans: Mapping[int, TablePlan]) -> None:
+    def __init__(self, source: FloatTables, layout: Layout, plans: Mapping[int, TablePlan]) -> None:
         self._source, self._layout, self._plans = source, layout, plans
 
     def __call__(self, layer: int, rows_BTC: Ints) -> Singles:
@@ -71,5 +72,8 @@ class PlannedRows:
 
 def through_codec(name: str, rows_UD: Singles, layer: int) -> Singles:
     """Rows encoded and decoded again."""
-    codec = find_codec(name)
-    return codec.decode(codec.encode(rows_UD, table=f"layer {layer}"), rows_UD.shape[1])
+    codec, operations = find_codec(name), dispatch.ops()
+    encoded = operations.encode(codec, rows_UD, table=f"layer {layer}", threads=0)
+    every_U = np.arange(len(rows_UD), dtype=np.int64)
+    made: Singles = operations.gather(codec, encoded, every_U[:, None], width=rows_UD.shape[1], threads=0)
+    return made

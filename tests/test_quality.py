@@ -20,7 +20,7 @@ from engram.runtime.engine import Model
 from engram.runtime.quality import Judge, Window, bootstrap, continuations, shuffled_rows, zero_rows
 from engram.runtime.quality_gate import QualityConfig, float_model, judge_quantized, settle
 from engram.runtime.quantize_config import Bound, QualityError
-from engram.runtime.row_sources import FloatRows, PlannedRows, StoredRows
+from engram.runtime.row_sources import FloatTables, PlannedRows, StoredRows
 
 WORDS = "memory table rows disk read numbers model the of a has are from their by and is".split()
 
@@ -40,8 +40,8 @@ def windows(count: int = 5, length: int = 30) -> list[Window]:
     return [Window(i // 2, generator.integers(2, 290, size=length + i), 1 + i % 3) for i in range(count)]
 
 
-def judged(checkpoint: Checkpoint) -> tuple[Judge, FloatRows]:
-    rows = FloatRows(checkpoint)
+def judged(checkpoint: Checkpoint) -> tuple[Judge, FloatTables]:
+    rows = FloatTables(checkpoint)
     return Judge(float_model(checkpoint), rows, windows(), Progress()), rows
 
 
@@ -136,7 +136,7 @@ def test_row_errors_are_weighted_by_the_square_of_the_gate(made: Path) -> None:
 def test_continuations_are_what_a_session_writes(made: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(made)
     prompts = [Window(w.document, w.ids_T[:12]) for w in windows()]
-    texts = continuations(float_model(checkpoint), FloatRows(checkpoint), prompts, 9, Progress())
+    texts = continuations(float_model(checkpoint), FloatTables(checkpoint), prompts, 9, Progress())
     export_package(ExportConfig(made, tmp_path / "float"))
     model = Model.open(tmp_path / "float")
     for prompt, text in zip(prompts, texts, strict=True):

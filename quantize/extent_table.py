@@ -10,20 +10,21 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
 from engram.kernels.codecs import Bytes
-from engram.quantize.extents import Extent, ExtentMap, is_map, read_map
-from engram.quantize.mapped import VERIFY, MappedTable, RowTable, check_expected
+from engram.quantize.extents import Extent, ExtentMap, read_map
+from engram.quantize.mapped import PagedTable, check_expected
 from engram.quantize.page_reader import File, Places, Segment, Sums
 from engram.quantize.row_store import PAGE, RowStoreError
+from engram.quantize.row_table import VERIFY
 
 _CHUNK = 1 << 22  # bytes of a file that `blocks` reads at a time
 
 
-class ExtentTable(RowTable):
+class ExtentTable(PagedTable):
     """A table whose rows lie in files of others (FORMAT.md section 1.6), one checksum for every 4096 bytes of those."""
 
     def __init__(
@@ -149,11 +150,6 @@ class ExtentTable(RowTable):
         for offset in range(0, size, 1 << 20):
             digest.update(self._read(len(self._handles) - 1, min(1 << 20, size - offset), offset))
         return digest.hexdigest()
-
-
-def open_table(path: Path, **expected: Any) -> RowTable:
-    """A table file or, where the name ends as one's does, an extent map; arguments and errors as MappedTable.open."""
-    return ExtentTable.open(path, **expected) if is_map(path.name) else MappedTable.open(path, **expected)
 
 
 def _open(path: Path, what: str) -> int:

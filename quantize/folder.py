@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from engram import EngramError, Progress
 from engram.builders.atomic import check_replaceable
@@ -33,3 +33,9 @@ def copy_hashed(source: Path, target: Path, progress: Progress | None = None) ->
             writing.write(block)
             task.advance(len(block))
     return digest.hexdigest()
+
+
+def is_plain(name: str) -> bool:
+    """Whether a file name of a manifest stays inside its folder."""
+    path = PurePosixPath(name)
+    return path.as_posix() == name and not path.is_absolute() and ".." not in path.parts and "\\" not in name

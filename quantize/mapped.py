@@ -6,20 +6,20 @@ Shape letters: N rows asked for, D width, K bytes a row, P pages, R rows a page.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import numpy as np
 
+from engram import Progress
+from engram.builders.checkpoint import table_file
 from engram.kernels import dispatch
-from engram.kernels.codecs import Bytes, Codec
+from engram.kernels.codecs import Bytes, Codec, Floats
 from engram.quantize.page_reader import (
-    FOLIO,
     File,
     Ints,
     PageReader,
@@ -30,71 +30,19 @@ from engram.quantize.page_reader import (
     Values,
     open_reader,
 )
-from engram.quantize.row_store import PAGE, Geometry, RowStoreError, read_geometry
+from engram.quantize.row_store import PAGE, Geometry, RowStoreError, RowWriter, TableFile, read_geometry
+from engram.quantize.row_table import VERIFY, Budget, OneCodecRows, RowTable
 
-VERIFY = ("first-touch", "open", "off")
 _READ_PAGES = 256
 
 
-class Budget:
-    """A bound on the bytes of table files that the process keeps mapped in, shared by the tables that it adopts.
-
-    Rows are taken in pieces that can map in at most half of the bound; after each piece the process's resident file
-    pages are read from the kernel, and once they grew by more than the other half, the mappings are emptied
-    (MADV_DONTNEED; the page cache keeps what it likes). Memory is thus held to the bound, or to one folio a table where
-    the bound is smaller than that.
-    """
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.limit = limit_bytes
-        self.trims = 0
-        self._tables: list[RowTable] = []
-        self._base = _resident_file_bytes()
-
-    @property
-    def folios(self) -> int:
-        """Stretches of 2 MiB that a piece may touch."""
-        return max(1, self.limit // FOLIO // 2)
-
-    def adopt(self, table: RowTable) -> None:
-        """Let this budget bound the table's mapping."""
-        self._tables.append(table)
-        table.set_budget(self)
-
-    def settle(self) -> None:
-        """Empty the mappings if they have grown beyond their half, or if the kernel does not tell."""
-        now = _resident_file_bytes()
-        self._base = min(self._base, now)
-        if not now or now - self._base > self.limit // 2:
-            for table in self._tables:
-                table.trim()
-            self.trims += 1
-            self._base = _resident_file_bytes()
-
-
-def _resident_file_bytes() -> int:
-    """Resident pages of files and shared memory in this process; 0 where the kernel does not tell."""
-    try:
-        with open("/proc/self/statm", "rb", buffering=0) as file:
-            return int(file.read(200).split()[2]) * mmap.PAGESIZE
-    except OSError:
-        return 0
-
-
-class RowTable(ABC):
-    """Rows of one table, wherever they lie. Threads may share it.
-
-    `verify` says when the checksum of a page is compared: "first-touch" (before a row of it is first used), "open" (all
-    of them in `open`) or "off". `io` names the way in which pages are read, `why` says why that one.
+class PagedTable(RowTable):
+    """Rows that all have one codec and lie on checksummed pages of files.
 
     A file that changes while it is open is noticed by its size and times after each copy, before anybody sees the rows:
     one of another size is refused, the pages of one that was written to are compared again. A file truncated in the
     middle of a copy is a RowStoreError too (only the numpy way cannot promise that).
     """
-
-    what = "table file"
-    pages: int  # pages, or blocks of 4096 bytes, that rows lie on
-    file_bytes: int  # of these and what describes them
 
     def __init__(
         self, path: Path, handles: Sequence[int], places: Places, *, codec: Codec, rows: int, width: int, layer: int,
@@ -102,7 +50,8 @@ class RowTable(ABC):
     ) -> None:  # fmt: skip
         self.path, self.verify = path, verify
         self.codec, self.rows, self.width, self.layer = codec, rows, width, layer
-        self.row_bytes = codec.row_bytes(width)
+        self.codec_name, self.row_bytes = codec.name, codec.row_bytes(width)
+        self.encoded_bytes = rows * self.row_bytes
         self.budget: Budget | None = None
         self._code = codec.code
         self._handles, self._places = list(handles), places
@@ -116,14 +65,9 @@ class RowTable(ABC):
 
     @property
     def pages_read(self) -> int:
-        """Pages of 4096 bytes that the device was asked for."""
         return self._reader.blocks_asked
 
     def ask(self, rows: Ints) -> Any:
-        """Want rows, int64 of any shape; returns a ticket at once, while the device is asked in the background.
-
-        Raises RowStoreError for an id outside the table; then nothing is asked for.
-        """
         try:
             ticket = self._reader.ask(rows)
         except (TypeError, ValueError, BufferError):
@@ -134,11 +78,6 @@ class RowTable(ABC):
         return ticket
 
     def take(self, ticket: Any, out: Values, *, threads: int = 1) -> Values:
-        """Wait for rows that were asked for and decode them into `out`: N * D values, float32 or uint16 (bf16 bits).
-
-        A ticket may be taken from any number of times. Raises RowStoreError where a page does not match its checksum or
-        a file was truncated, and for an `out` of another size or kind; what `out` holds is then undefined.
-        """
         try:
             if self.budget is None:
                 wrong = self._reader.take(ticket, out, self._code, self.width, threads, 0, -1)
@@ -156,9 +95,8 @@ class RowTable(ABC):
             self._refuse(wrong)
         return out
 
-    def decode(self, rows: Ints, out: Values, *, threads: int = 1) -> Values:
-        """`take` of `ask`."""
-        return self.take(self.ask(rows), out, threads=threads)
+    def stored_bytes(self, ticket: Any, rows: int) -> int:
+        return rows * self.row_bytes
 
     def gather(self, rows: Ints, out: Bytes | None = None, *, threads: int = 1) -> Bytes:
         """Encoded rows by id, int64 [N] to uint8 [N, K], written into `out` where given. Raises as `take` does."""
@@ -181,7 +119,6 @@ class RowTable(ABC):
         return zip(edges[:-1], edges[1:], strict=True)
 
     def check_ids(self, lowest: int, highest: int) -> None:
-        """Refuse row ids outside the table."""
         if lowest < 0 or highest >= self.rows:
             self._refuse_row(lowest if lowest < 0 else highest)
 
@@ -224,12 +161,33 @@ class RowTable(ABC):
     def blocks(self) -> Iterator[tuple[int, Bytes]]:
         """(first row, encoded rows [n, K]) of the whole table in order, read beside the mapping; always verified."""
 
-    @abstractmethod
-    def seal(self) -> str:
-        """SHA-256 of what pins every byte of the rows: headers and checksums."""
+    def decoded_blocks(self, out: Floats | None = None) -> Iterator[tuple[int, Floats]]:
+        for first, block in self.blocks():
+            part = None if out is None else out[first : first + len(block)]
+            yield first, self.codec.decode(block, self.width, out=part)
+
+    def in_memory(self, advance: Callable[[int], None]) -> OneCodecRows:
+        held = np.empty((self.rows, self.row_bytes), dtype=np.uint8)
+        for first, block in self.blocks():
+            held[first : first + len(block)] = block
+            advance(len(block))
+        return OneCodecRows(self.codec, held, self.width)
+
+    def copy(self, folder: Path, progress: Progress) -> dict[str, Any]:
+        name = table_file(self.layer)
+        with progress.task(f"layer {self.layer}", self.rows, "rows") as task:
+            return {"file": name, **asdict(self.copy_rows(folder / name, task.advance))}
+
+    def copy_rows(self, target: Path, advance: Callable[[int], None]) -> TableFile:
+        """Write the rows, verified, into a table file; what a manifest records of it."""
+        with RowWriter(target, self.rows, self.width, self.codec, self.layer) as writer:
+            for _, block in self.blocks():
+                writer.append(block)
+                advance(len(block))
+        assert writer.table_file is not None
+        return writer.table_file
 
     def verify_all(self) -> None:
-        """Compare every checksum now; what is later read again is compared again only where the file changed."""
         for _ in self.blocks():
             pass
         self._reader.mark_verified()
@@ -246,34 +204,23 @@ class RowTable(ABC):
         return data
 
     def set_budget(self, budget: Budget | None) -> None:
-        """Bound the memory through which this process sees the files."""
         self.budget = budget
         self._reader.set_bounded(budget is not None)
 
     def trim(self) -> None:
-        """Give back the memory through which this process sees the files."""
         self._reader.trim()
 
     def close(self) -> None:
-        """Close the files; the table cannot be used afterwards. What a ticket still needs lives as long as it does."""
         self._reader.withdraw()
         self._reader = _Closed(self)
         while self._handles:
             os.close(self._handles.pop())
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 class _Closed:
     """Stands for the reader of a closed table: whatever it is asked is an error, but to let go of memory."""
 
-    def __init__(self, table: RowTable) -> None:
+    def __init__(self, table: PagedTable) -> None:
         self._what = f"{table.what} {table.path} (layer {table.layer}) is closed"
 
     def _refuse(self, *_: Any) -> NoReturn:
@@ -294,7 +241,7 @@ class _Closed:
         self._refuse()
 
 
-class MappedTable(RowTable):
+class MappedTable(PagedTable):
     """One table file (FORMAT.md section 1): packed pages, one checksum a page."""
 
     def __init__(self, path: Path, handle: int, geometry: Geometry, verify: str, io: str) -> None:

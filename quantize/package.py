@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,10 +25,10 @@ from engram.builders.fetch import hash_file
 from engram.builders.layout import Layout
 from engram.kernels.codecs import find_codec
 from engram.quantize import tables as quantized
-from engram.quantize.extent_table import open_table
-from engram.quantize.folder import check_target, copy_hashed
-from engram.quantize.mapped import RowTable
-from engram.quantize.row_store import RowWriter, TableFile, write_table
+from engram.quantize.entries import entry_bytes, entry_hashes, open_entry
+from engram.quantize.folder import check_target, copy_hashed, is_plain
+from engram.quantize.row_store import write_table
+from engram.quantize.row_table import RowTable
 
 FORMAT = "engram-package"
 VERSION = 2
@@ -122,10 +122,7 @@ def export_package(config: ExportConfig, progress: Progress | None = None) -> di
         with atomic_folder(config.out, force=config.force, error=PackageError) as folder:
             (folder / "tables").mkdir()
             written = {
-                str(layer): {
-                    "file": table_file(layer),
-                    **asdict(_write_table(config.source, layer, layout, layers, folder, progress)),
-                }
+                str(layer): _write_table(config.source, layer, layout, layers, folder, progress)
                 for layer in layout.layers
             }
             small = {}
@@ -152,7 +149,7 @@ def export_package(config: ExportConfig, progress: Progress | None = None) -> di
             (folder / MANIFEST).write_bytes(data)
     return {
         "out": str(config.out), "files": len(sizes) + 1, "bytes": sum(sizes.values()) + len(data),
-        "tables": {n: {"codec": t["codec"], "rows": t["rows"], "bytes": t["bytes"]} for n, t in written.items()},
+        "tables": {n: {"codec": t["codec"], "rows": t["rows"], "bytes": entry_bytes(t)} for n, t in written.items()},
         "backbone": backbone.kind, "seconds": time.monotonic() - begin,
     }  # fmt: skip
 
@@ -182,22 +179,15 @@ def open_source(folder: Path) -> Iterator[tuple[dict[str, Any], Layout, dict[int
 
 def _write_table(
     source: Path, layer: int, layout: Layout, layers: dict[int, RowTable] | None, folder: Path, progress: Progress
-) -> TableFile:
-    """A float table as codec f32, or the rows of a table file written again after their checksums were compared."""
-    rows, width, target = layout.table_rows[layer], layout.head_dim, folder / table_file(layer)
-    if layers is None:
-        blocks = quantized.float_blocks(checkpoints.open_checkpoint(source), layer)
-        codec = find_codec("f32")
-        return write_table(target, blocks, rows=rows, width=width, codec=codec, layer=layer, progress=progress)
-    with (
-        RowWriter(target, rows, width, layers[layer].codec, layer) as writer,
-        progress.task(f"layer {layer}", rows, "rows") as task,
-    ):
-        for _, block in layers[layer].blocks():
-            writer.append(block)
-            task.advance(len(block))
-    assert writer.table_file is not None
-    return writer.table_file
+) -> dict[str, Any]:
+    """A float table as codec f32, or a table copied after its checksums were compared; its entry of the manifest."""
+    if layers is not None:
+        return layers[layer].copy(folder, progress)
+    made = write_table(
+        folder / table_file(layer), quantized.float_blocks(checkpoints.open_checkpoint(source), layer),
+        rows=layout.table_rows[layer], width=layout.head_dim, codec=find_codec("f32"), layer=layer, progress=progress,
+    )  # fmt: skip
+    return {"file": table_file(layer), **asdict(made)}
 
 
 def _embed(reference: BackboneRef, source: Path, folder: Path, progress: Progress) -> BackboneRef:
@@ -309,7 +299,8 @@ def _file_problems(folder: Path, manifest: dict[str, Any], *, whole: bool) -> It
     """What is wrong with the files that the manifest names; `whole` hashes the large ones too."""
     backbone = manifest["backbone"]
     hashes: dict[str, str] = dict(manifest["sha256"])
-    hashes |= {table["file"]: table["sha256"] for table in manifest["tables"].values()}
+    for table in manifest["tables"].values():
+        hashes |= entry_hashes(table)
     if backbone["kind"] == "embedded" and backbone["path"] != "backbone":
         yield f"{folder / MANIFEST} says that the backbone is embedded in {backbone['path']!r}, not in 'backbone'"
         return
@@ -320,7 +311,7 @@ def _file_problems(folder: Path, manifest: dict[str, Any], *, whole: bool) -> It
         return
     for name, size in manifest["bytes"].items():
         path = folder / name
-        if not _is_plain(name):
+        if not is_plain(name):
             yield f"{folder / MANIFEST} names a file {name!r}, which may lie outside the package"
         elif not path.is_file():
             yield f"{path} is missing, the manifest names it"
@@ -359,30 +350,9 @@ def _open_tables(
 def _open_table(
     folder: Path, entry: dict[str, Any], layer: int, layout: Layout, verify: str, io: str = "auto"
 ) -> RowTable:
-    wanted = {"rows": layout.table_rows[layer], "width": layout.head_dim}
-    for name, value in wanted.items():
-        if entry[name] != value:
-            raise PackageError(f"{folder / MANIFEST} has a table of {entry[name]} {name} for layer {layer}, "
-                               f"its layout has {value}")  # fmt: skip
-    find_codec(entry["codec"], entry["codec_version"])
-    if not _is_plain(entry["file"]):
-        raise PackageError(f"{folder / MANIFEST} names a file {entry['file']!r}, which may lie outside the package")
-    table = open_table(
-        folder / entry["file"], codec=entry["codec"], layer=layer, verify=verify, io=io, **wanted
+    return open_entry(
+        folder, entry, layer=layer, rows=layout.table_rows[layer], width=layout.head_dim, verify=verify, io=io
     )
-    if table.seal() != entry["seal"]:
-        table.close()
-        raise PackageError(
-            f"table file {folder / entry['file']} is whole, but not the one that the manifest describes",
-            hint="it comes from another export: copy the package again",
-        )
-    return table
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a name stays inside the folder."""
-    path = PurePosixPath(name)
-    return path.as_posix() == name and not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
 def _files(folder: Path) -> list[Path]:
@@ -430,8 +400,8 @@ def _table_problems(
         with _as_package_errors(folder), _open_table(
             folder, manifest["tables"][str(layer)], layer, layout, "first-touch"
         ) as table, progress.task(f"layer {layer}", table.rows, "rows") as task:  # fmt: skip
-            for first, block in table.blocks():
-                finite = np.isfinite(table.codec.decode(block, table.width)).all(axis=1)
+            for first, block in table.decoded_blocks():
+                finite = np.isfinite(block).all(axis=1)
                 if not finite.all():
                     raise PackageError(
                         f"table file {table.path} (layer {layer}): row {first + int(finite.argmin())} is not finite"

@@ -77,8 +77,8 @@ def bench_rows(config: BenchRowsConfig, progress: Progress | None = None) -> dic
         traces = {"text": bench_trace.text_rows(package.layout, layer, ids)}
         table = package.layers[layer]
         if not isinstance(table, MappedTable):
-            raise BenchError(f"layer {layer} lies in foreign files; only packed table files are measured",
-                             hint="make a packed package: engram export")  # fmt: skip
+            raise BenchError(f"layer {layer} lies in foreign files or mixes codecs; only packed table files of one "
+                             "codec are measured", hint="make a packed package: engram export")  # fmt: skip
         place, codec, width = Place.of(table), table.codec, table.width
         io = {"name": table.io, "why": table.why}
     traces["uniform"] = bench_trace.uniform_rows(place.rows, _UNIFORM_ROWS, config.seed)

@@ -25,8 +25,9 @@ from engram.builders.atomic import write_whole
 from engram.builders.fetch import cache_folder
 from engram.builders.process_memory import cached_share
 from engram.kernels.codecs import Bytes, Codec
-from engram.quantize.mapped import RowTable
+from engram.quantize.mapped import PagedTable
 from engram.quantize.row_store import PAGE
+from engram.quantize.row_table import RowTable
 
 Ints = NDArray[np.int64]
 
@@ -74,7 +75,7 @@ class HotRows:
     A mark that is wrong (pages were dropped again; threads met) costs time, never a row.
     """
 
-    def __init__(self, table: RowTable, rows_U: Ints, bytes_UK: Bytes) -> None:
+    def __init__(self, table: PagedTable, rows_U: Ints, bytes_UK: Bytes) -> None:
         self.codec: Codec = table.codec
         self.rows_U, self.bytes_UK = rows_U, bytes_UK
         self._per_page = max(1, PAGE // table.row_bytes)
@@ -149,8 +150,18 @@ def load_all(package: HasManifest, folder: Path) -> dict[int, HotRows]:
     for layer, table in package.layers.items():
         path = folder / file_name(layer)
         if path.is_file():
-            out[layer] = load(path, table, str(package.manifest["tables"][str(layer)]["seal"]))
+            out[layer] = load(path, one_codec(table), str(package.manifest["tables"][str(layer)]["seal"]))
     return out
+
+
+def one_codec(table: RowTable) -> PagedTable:
+    """The table, after refusing a mixed one: a file of hot rows has one codec for all of them."""
+    if not isinstance(table, PagedTable):
+        raise HotRowsError(
+            f"the table of layer {table.layer} in {table.path} mixes codecs; hot rows are kept of tables that have one",
+            hint="quantize with one codec a table to use engram warm",
+        )
+    return table
 
 
 def file_name(layer: int) -> str:
@@ -181,7 +192,7 @@ def _header(count: int, row_bytes: int, *, layer: str, seal: str, crc32: str) ->
     return len(text).to_bytes(8, "little") + text
 
 
-def load(path: Path, table: RowTable, seal: str) -> HotRows:
+def load(path: Path, table: PagedTable, seal: str) -> HotRows:
     """Read the hot rows of a table.
 
     Raises HotRowsError where the file is damaged or of another version, or was taken from a table with another seal.

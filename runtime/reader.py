@@ -6,7 +6,7 @@ Shape letters: B batch, T positions, C columns, D width of a row, E = C * D, N =
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from engram import EngramError, Progress
 from engram.builders.process_memory import available_bytes, mapped_resident_bytes
 from engram.kernels import dispatch
-from engram.kernels.codecs import Bytes, Codec, find_codec
+from engram.kernels.codecs import find_codec
 from engram.kernels.reference import aligned_empty
-from engram.quantize.mapped import Budget, RowTable
+from engram.quantize.row_table import Budget, MemoryRows, OneCodecRows, RowTable
 from engram.runtime.hot_rows import HotRows, Split
 
 Ints = NDArray[np.int64]
@@ -84,7 +84,7 @@ class RowReader:
         self.budget: Budget | None = None
         if placement == "disk" and cache_bytes is not None:
             self.budget = Budget(max(0, cache_bytes - sum(rows.bytes_UK.nbytes for rows in self.hot.values())))
-        self._held: dict[int, tuple[Codec, Bytes]] = {}  # tables in memory
+        self._held: dict[int, MemoryRows] = {}  # tables in memory
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(COUNTERS, 0)
         if placement != "disk":
@@ -102,26 +102,16 @@ class RowReader:
     def _load(self, progress: Progress) -> None:
         """Read all tables into memory, every page verified."""
         decoded = self.placement == "none"
-        row_bytes = {n: 4 * t.width if decoded else t.row_bytes for n, t in self.tables.items()}
-        needed = sum(table.rows * row_bytes[n] for n, table in self.tables.items())
+        needed = sum(4 * t.rows * t.width if decoded else t.encoded_bytes for t in self.tables.values())
         room = available_bytes()
         if room is not None and needed > room:
             raise self._too_large(needed, f"{room:,} are available")
         try:
             for n, table in self.tables.items():
-                codec = find_codec("f32") if decoded else table.codec
-                self._held[n] = codec, np.empty((table.rows, row_bytes[n]), dtype=np.uint8)
+                with progress.task(f"layer {n} into memory", table.rows, "rows") as task:
+                    self._held[n] = _decoded(table, task.advance) if decoded else table.in_memory(task.advance)
         except MemoryError:
             raise self._too_large(needed, "the system refuses them") from None
-        for n, table in self.tables.items():
-            held = self._held[n][1].view(np.float32) if decoded else self._held[n][1]
-            with progress.task(f"layer {n} into memory", table.rows, "rows") as task:
-                for first, block in table.blocks():
-                    if decoded:
-                        table.codec.decode(block, table.width, out=held[first : first + len(block)])
-                    else:
-                        held[first : first + len(block)] = block
-                    task.advance(len(block))
 
     def _too_large(self, needed: int, why: str) -> ReaderError:
         return ReaderError(
@@ -185,20 +175,18 @@ class RowReader:
             return out
         served = 0
         if self.placement != "disk":
-            codec, held = self._held[layer]
-            dispatch.ops().gather(codec, held, wanted.rows_BTC, out, width=table.width, threads=0)
-            row_bytes = held.shape[1]
+            stored = self._held[layer].gather(wanted.rows_BTC, out, threads=0)
         else:
-            row_bytes = table.row_bytes
             if wanted.split is None:
                 table.take(wanted.asked, out, threads=0)
             else:
                 served = len(wanted.split.hot_N)
                 self._take_split(layer, table, wanted, wanted.split, out.reshape(-1, table.width))
+            stored = table.stored_bytes(wanted.asked, rows - served)
         with self._lock:
             self._counts["rows_read"] += rows - served
             self._counts["rows_hot"] += served
-            self._counts["bytes_read"] += (rows - served) * row_bytes
+            self._counts["bytes_read"] += stored
         return out
 
     def _take_split(self, layer: int, table: RowTable, wanted: _Wanted, split: Split, out_ND: Memory) -> None:
@@ -231,10 +219,11 @@ class RowReader:
 
     def resident_bytes(self) -> int | None:
         """Bytes of the tables that are in this process's memory now; None where the system does not tell."""
+        held = sum(table.held_bytes for table in self.tables.values())
         if self.placement == "disk":
             mapped = mapped_resident_bytes(path for table in self.tables.values() for path in table.paths)
-            return None if mapped is None else mapped + sum(hot.bytes_UK.nbytes for hot in self.hot.values())
-        return sum(held.nbytes for _, held in self._held.values())
+            return None if mapped is None else held + mapped + sum(hot.bytes_UK.nbytes for hot in self.hot.values())
+        return held + sum(rows.nbytes for rows in self._held.values())
 
     def close(self) -> None:
         """Unmap the tables and let go of rows in memory."""
@@ -242,6 +231,14 @@ class RowReader:
             table.close()
         self._held.clear()
         self.hot.clear()
+
+
+def _decoded(table: RowTable, advance: Callable[[int], None]) -> OneCodecRows:
+    """All rows of a table as float32 in memory."""
+    rows_ND = np.empty((table.rows, table.width), dtype=np.float32)
+    for _, block in table.decoded_blocks(rows_ND):
+        advance(len(block))
+    return OneCodecRows(find_codec("f32"), rows_ND.view(np.uint8), table.width)
 
 
 def _check_ids(table: RowTable, rows: Ints) -> None:

@@ -92,11 +92,13 @@ def warm(config: WarmConfig, progress: Progress | None = None) -> dict[str, Any]
 
     Rows are counted on nine tenths of the text. The last tenth is read from tables that are not in the page cache, with
     and without them; nothing is kept unless the time (reading the hot rows included) falls by more than a tenth. Raises
-    HotRowsError for too little text, or where the page cache cannot be emptied, and what package and corpus raise.
+    HotRowsError for a table that mixes codecs, for too little text, or where the page cache cannot be emptied, and what
+    package and corpus raise.
     """
     progress = progress or Progress()
     began = time.monotonic()
     with open_package(config.package) as package:
+        tables = {n: hot_rows.one_codec(table) for n, table in package.layers.items()}
         cache = TokenCache.build(
             config.text, config.package / "tokenizer.json", progress, max_tokens=config.max_tokens
         )
@@ -106,7 +108,7 @@ def warm(config: WarmConfig, progress: Progress | None = None) -> dict[str, Any]
             trial = _requests(package.layout, cache, held_out)
         finally:
             cache.discard()
-        chosen = choose(counts, {n: table.row_bytes for n, table in package.layers.items()}, config.size)
+        chosen = choose(counts, {n: table.row_bytes for n, table in tables.items()}, config.size)
         partial, target = _target(package)
         try:
             size = _write(package, chosen, partial)
@@ -210,7 +212,7 @@ def _write(package: Package, chosen: dict[int, Ints], folder: Path) -> int:
     size = 0
     for n, rows_U in chosen.items():
         if len(rows_U):
-            table, seal = package.layers[n], str(package.manifest["tables"][str(n)]["seal"])
+            table, seal = hot_rows.one_codec(package.layers[n]), str(package.manifest["tables"][str(n)]["seal"])
             size += hot_rows.save(folder / hot_rows.file_name(n), rows_U, table.gather(rows_U), layer=n, seal=seal)
     folder.chmod(0o755)
     sync_tree(folder)

@@ -16,8 +16,9 @@ import pytest
 from ways import BUILT, EVERY_ROW, ROWS, WAYS, WIDTH, flip, open_or_skip, table_file
 
 from engram.kernels.codecs import CODECS
-from engram.quantize.mapped import Budget, MappedTable
+from engram.quantize.mapped import MappedTable
 from engram.quantize.row_store import RowStoreError, write_table
+from engram.quantize.row_table import Budget
 
 # 76 bytes a row, 53 rows a page: page 7 holds rows 371 to 423. 95 pages behind a header of one.
 PAGE_7, SUMS = 4096 + 7 * 4096, 4096 + 95 * 4096
@@ -176,6 +177,7 @@ from pathlib import Path
 from engram.kernels.codecs import CODECS
 from engram.quantize.mapped import MappedTable
 from engram.quantize.row_store import RowStoreError
+from engram.quantize.row_table import Budget
 path, io, verify = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 expected = np.load(sys.argv[4])
 table = MappedTable.open(path, io=io)

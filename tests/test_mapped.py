@@ -16,8 +16,9 @@ from ways import EVERY_ROW, ROWS, WAYS, WIDTH, open_or_skip, table_file
 
 from engram.kernels.codecs import CODECS
 from engram.quantize import page_reader
-from engram.quantize.mapped import Budget, MappedTable
+from engram.quantize.mapped import MappedTable
 from engram.quantize.row_store import Geometry, RowStoreError
+from engram.quantize.row_table import Budget
 
 
 @pytest.mark.parametrize("io", WAYS)
@@ -276,8 +277,9 @@ import sys
 import numpy as np
 from pathlib import Path
 from engram.kernels.codecs import CODECS
-from engram.quantize.mapped import Budget, MappedTable
+from engram.quantize.mapped import MappedTable
 from engram.quantize.row_store import RowStoreError, write_table
+from engram.quantize.row_table import Budget
 path, rows = Path(sys.argv[1]), 1 << 18
 blocks = (np.arange(i, i + 4096, dtype=np.float32)[:, None].repeat(256, 1) for i in range(0, rows, 4096))
 write_table(path, blocks, rows=rows, width=256, codec=CODECS["f32"], layer=3)

@@ -1,0 +1,113 @@
+"""Writes a mixed table: float rows in table order, each encoded as its class says, into the class's file.
+
+Shape letters: N rows, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from engram.kernels.codec_base import finite_rows
+from engram.kernels.codecs import Codec, Floats
+from engram.quantize.class_map import CLASSES, ClassMap
+from engram.quantize.mixed_file import map_name, part_name, write_map
+from engram.quantize.row_store import RowStoreError, RowWriter, TableFile
+
+
+class MixedWriter:
+    """Writes `folder`/tables/layer-NN.mixed.safetensors and a table file for each class with rows, in bounded memory.
+
+    Use as a context manager; `append` float rows until there are as many as the class map has. `codecs` has the codec
+    of each class, None for one that is dropped. When the block ends `entry` holds the table's entry of a manifest
+    (FORMAT.md 3.1); when it fails, nothing stays. Raises RowStoreError for a class with rows but no entry in `codecs`,
+    and for more or fewer rows than the map has.
+    """
+
+    def __init__(
+        self, folder: Path, layer: int, class_map: ClassMap, codecs: Sequence[Codec | None], *, width: int
+    ) -> None:
+        if not 1 <= len(codecs) <= CLASSES:
+            raise RowStoreError(f"{len(codecs)} codecs; a mixed table has 1 to {CLASSES} classes")
+        for number, rows in enumerate(class_map.counts):
+            if rows and number >= len(codecs):
+                raise RowStoreError(f"class {number} of layer {layer} has {rows} rows and no codec",
+                                    hint="give one codec for each class, None for one that is dropped")  # fmt: skip
+        self.folder, self.layer, self.width = folder, layer, width
+        self.class_map, self.codecs = class_map, list(codecs)
+        self.entry: dict[str, Any] | None = None
+        self._rows = 0
+        self._written = [0] * CLASSES
+        self._writers: dict[int, RowWriter] = {}
+
+    def __enter__(self) -> Self:
+        name = map_name(self.layer)
+        with ExitStack() as opened:
+            for number, codec in enumerate(self.codecs):
+                if codec is not None and (rows := self.class_map.counts[number]):
+                    path = self.folder / part_name(name, number)
+                    writer = RowWriter(path, rows, self.width, codec, self.layer)
+                    self._writers[number] = opened.enter_context(writer)
+            self._opened = opened.pop_all()
+        return self
+
+    def append(self, rows_ND: Floats, back_ND: Floats | None = None) -> None:
+        """Encode and store the next rows; `back_ND`, where given, becomes what they will read back as.
+
+        Raises CodecError for values that a codec cannot hold, named by class and place in it.
+        """
+        begin, end = self._rows, self._rows + len(rows_ND)
+        if end > self.class_map.rows:
+            raise RowStoreError(
+                f"layer {self.layer}: more rows arrive than the {self.class_map.rows} that the class map has"
+            )
+        class_N = self.class_map.classes(begin, end)
+        for number in np.flatnonzero(np.bincount(class_N)).tolist():
+            here = np.flatnonzero(class_N == number)
+            codec, first = self.codecs[number], self._written[number]
+            name = f"layer {self.layer}, rows of class {number}"
+            if codec is None:
+                finite_rows(rows_ND[here], name, first)
+                back: Floats | int = 0
+            else:
+                encoded = codec.encode(rows_ND[here], table=name, first_row=first)
+                self._writers[number].append(encoded)
+                back = codec.decode(encoded, self.width) if back_ND is not None else 0
+            if back_ND is not None:
+                back_ND[here] = back
+            self._written[number] += len(here)
+        self._rows = end
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None and self._rows != self.class_map.rows:
+            error = RowStoreError(
+                f"layer {self.layer}: {self._rows} rows arrived of the {self.class_map.rows} that the class map has"
+            )
+        try:
+            self._opened.__exit__(None if error is None else type(error), error, trace)
+            if kind is None and error is not None:
+                raise error
+            if error is None:
+                self.entry = write_map(
+                    self.folder, self.width, self.layer, self.class_map,
+                    [None if codec is None else (codec.name, codec.version) for codec in self.codecs], self._made(),
+                )  # fmt: skip
+        finally:
+            if self.entry is None:
+                for writer in self._writers.values():
+                    if writer.table_file is not None:
+                        writer.path.unlink(missing_ok=True)
+
+    def _made(self) -> dict[int, TableFile]:
+        made = {}
+        for number, writer in self._writers.items():
+            assert writer.table_file is not None
+            made[number] = writer.table_file
+        return made

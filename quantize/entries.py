@@ -22,15 +22,19 @@ from engram.quantize.row_table import RowTable
 _PART_FIELDS = {"class", "codec", "codec_version", "rows", "file", "bytes", "sha256", "seal"}
 
 
+def written_files(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the entry says of each of the table's files: `file`, `bytes`, `sha256`."""
+    return [entry, *(part for part in entry.get("parts", []) if part["file"] is not None)]
+
+
 def entry_hashes(entry: dict[str, Any]) -> dict[str, str]:
     """The table's files in the folder, and the SHA-256 of each."""
-    parts = [part for part in entry.get("parts", []) if part["file"] is not None]
-    return {item["file"]: item["sha256"] for item in (entry, *parts)}
+    return {item["file"]: item["sha256"] for item in written_files(entry)}
 
 
 def entry_bytes(entry: dict[str, Any]) -> int:
     """Bytes of all the table's files."""
-    return sum(int(item["bytes"]) for item in (entry, *entry.get("parts", [])))
+    return sum(int(item["bytes"]) for item in written_files(entry))
 
 
 def open_table(path: Path, **expected: Any) -> RowTable:

@@ -11,6 +11,7 @@ from engram.builders.layout import Layout
 from engram.kernels.codecs import find_codec
 from engram.quantize import package as packages
 from engram.quantize import tables as quantized
+from engram.quantize.entries import entry_bytes
 
 KINDS = {
     checkpoints.FORMAT: "float checkpoint",
@@ -48,7 +49,7 @@ def _layer(folder: Path, layout: Layout, layer: int, entry: Mapping[str, Any]) -
         row_bytes = float(find_codec(entry["codec"]).row_bytes(width))
         dtype = entry["codec"]
     else:  # of a mixed table: the mean over its rows
-        size = entry["bytes"]
+        size = entry_bytes(dict(entry))
         sizes = [find_codec(p["codec"]).row_bytes(width) * p["rows"] for p in parts if p["codec"] is not None]
         row_bytes = sum(sizes) / rows
         dtype = "+".join(p["codec"] or "dropped" for p in parts)

@@ -12,7 +12,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
+from engram.kernels import dispatch
 from engram.kernels.codec_base import finite_rows
 from engram.kernels.codecs import Codec, Floats
 from engram.quantize.class_map import CLASSES, ClassMap
@@ -56,8 +58,8 @@ class MixedWriter:
             self._opened = opened.pop_all()
         return self
 
-    def append(self, rows_ND: Floats, back_ND: Floats | None = None) -> None:
-        """Encode and store the next rows; `back_ND`, where given, becomes what they will read back as.
+    def append(self, rows_ND: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Encode and store the next rows; |x - x'|^2 and |x|^2 of each, as `row_errors` gives them.
 
         Raises CodecError for values that a codec cannot hold, named by class and place in it.
         """
@@ -67,21 +69,22 @@ class MixedWriter:
                 f"layer {self.layer}: more rows arrive than the {self.class_map.rows} that the class map has"
             )
         class_N = self.class_map.classes(begin, end)
+        lost_N, whole_N = np.empty(len(rows_ND)), np.empty(len(rows_ND))
+        operations = dispatch.ops()
         for number in np.flatnonzero(np.bincount(class_N)).tolist():
             here = np.flatnonzero(class_N == number)
             codec, first = self.codecs[number], self._written[number]
             name = f"layer {self.layer}, rows of class {number}"
+            part_nD = np.ascontiguousarray(rows_ND[here])
             if codec is None:
-                finite_rows(rows_ND[here], name, first)
-                back: Floats | int = 0
+                lost_N[here] = whole_N[here] = np.square(finite_rows(part_nD, name, first), dtype=np.float64).sum(1)
             else:
-                encoded = codec.encode(rows_ND[here], table=name, first_row=first)
+                encoded = operations.encode(codec, part_nD, table=name, first_row=first, threads=0)
                 self._writers[number].append(encoded)
-                back = codec.decode(encoded, self.width) if back_ND is not None else 0
-            if back_ND is not None:
-                back_ND[here] = back
+                lost_N[here], whole_N[here] = operations.row_errors(codec, encoded, part_nD, threads=0)
             self._written[number] += len(here)
         self._rows = end
+        return lost_N, whole_N
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

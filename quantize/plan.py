@@ -5,6 +5,8 @@ Shape letters: N rows, C columns (heads of all orders), U listed rows.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 
 from engram import EngramError
 from engram.builders.layout import Layout
-from engram.kernels.codecs import find_codec
+from engram.kernels.codecs import Codec, find_codec
 from engram.quantize.row_store import Geometry
 
 MOST_CLASSES = 4
@@ -59,6 +61,17 @@ class TablePlan:
     def mixed(self) -> bool:
         """Whether the table needs a map of classes."""
         return len(self.codecs) > 1 or self.codecs[0] is None
+
+    def stored(self) -> list[Codec]:
+        """The codecs of classes that are stored."""
+        return [find_codec(name) for name in self.codecs if name is not None]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides the bytes of a table."""
+        digest = hashlib.sha256(json.dumps([self.codecs, [c.version for c in self.stored()], self.heads]).encode())
+        for number in sorted(self.listed):
+            digest.update(f"{number}:{len(self.listed[number])}".encode() + self.listed[number].astype("<i8").tobytes())
+        return digest.hexdigest()
 
     @property
     def name(self) -> str:

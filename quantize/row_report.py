@@ -66,7 +66,7 @@ def row_report(
                     task.advance(len(part))
             total = np.concatenate(whole)
             layers[str(layer)] = {
-                "rows": rows, "sampled": sample, "stored_as": tables[layer].codec.name if tables else "f32",
+                "rows": rows, "sampled": sample, "stored_as": tables[layer].codec_name if tables else "f32",
                 "codecs": {
                     codec.name: _figures(np.concatenate(lost[codec.name]), total)
                     | {"bits_per_value": 8 * codec.row_bytes(layout.head_dim) / layout.head_dim}

@@ -19,9 +19,12 @@ import numpy as np
 from engram import EngramError, Progress, __version__
 from engram.builders.atomic import resumable_folder, sync_tree
 from engram.builders.checkpoint import MANIFEST, Checkpoint, open_checkpoint, table_file
-from engram.kernels.codecs import Codec, Floats, find_codec
+from engram.kernels.codecs import Floats, find_codec
+from engram.quantize.class_map import ClassMap
+from engram.quantize.entries import entry_bytes, written_files
 from engram.quantize.folder import check_target
 from engram.quantize.journal import Journal
+from engram.quantize.mixed_writer import MixedWriter
 from engram.quantize.plan import TablePlan
 from engram.quantize.row_store import Geometry, RowWriter
 from engram.quantize.stream import FloatRows, RowErrors, block_rows, stream_table
@@ -56,19 +59,21 @@ def quantize(config: QuantizeConfig, progress: Progress | None = None) -> dict[s
     """
     begin = time.monotonic()
     progress = progress or Progress()
-    codec = find_codec(config.tables)
+    every = None if config.plans else find_codec(config.tables).name
     check_target(config.checkpoint, config.out, force=config.force, error=QuantizeError)
     checkpoint = open_checkpoint(config.checkpoint)
     layout = checkpoint.layout
-    for layer in layout.layers:
-        Geometry(codec, layout.table_rows[layer], layout.head_dim, layer)  # refuse before any work
+    plans = dict(config.plans or {n: TablePlan.uniform(str(every), layout) for n in layout.layers})
+    for layer, plan in plans.items():
+        for codec in plan.stored():
+            Geometry(codec, layout.table_rows[layer], layout.head_dim, layer)  # refuse before any work
     with resumable_folder(config.out, force=config.force, error=QuantizeError) as folder:
-        journal = Journal(folder, _job(checkpoint, codec))
+        journal = Journal(folder, _job(checkpoint, plans))
         if journal.said:
             progress.say(journal.said)
         (folder / "tables").mkdir(exist_ok=True)
         _copy_others(checkpoint, folder)
-        tables = {str(n): _table(checkpoint, n, codec, folder, journal, progress) for n in layout.layers}
+        tables = {str(n): _table(checkpoint, n, plans[n], folder, journal, progress) for n in layout.layers}
         written = {n: table["written"] for n, table in tables.items()}
         manifest = checkpoint.manifest | {"format": FORMAT, "version": VERSION, "tables": written}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -78,12 +83,12 @@ def quantize(config: QuantizeConfig, progress: Progress | None = None) -> dict[s
     return {"out": str(config.out), "tables": report, "backbone": "unchanged", "seconds": time.monotonic() - begin}
 
 
-def _job(checkpoint: Checkpoint, codec: Codec) -> dict[str, Any]:
+def _job(checkpoint: Checkpoint, plans: Mapping[int, TablePlan]) -> dict[str, Any]:
     """What an unfinished folder must have been made from for this run to go on with it."""
     found = {n: (checkpoint.folder / table_file(n)).stat() for n in checkpoint.layout.layers}
     return {
         "release": __version__,
-        "codec": [codec.name, codec.version],
+        "codecs": {str(n): plan.fingerprint() for n, plan in plans.items()},
         "source": {
             "manifest": hashlib.sha256((checkpoint.folder / MANIFEST).read_bytes()).hexdigest(),
             "tables": {str(n): [stat.st_size, stat.st_mtime_ns] for n, stat in found.items()},
@@ -103,13 +108,54 @@ def _copy_others(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _table(
-    checkpoint: Checkpoint, layer: int, codec: Codec, folder: Path, journal: Journal, progress: Progress
+    checkpoint: Checkpoint, layer: int, plan: TablePlan, folder: Path, journal: Journal, progress: Progress
 ) -> dict[str, Any]:
-    """One table through the codec, or from where an earlier run came to: its manifest entry and what it lost."""
-    target, noted = folder / table_file(layer), journal.notes.get(str(layer), {})
-    if "written" in noted and target.is_file() and target.stat().st_size == noted["written"]["bytes"]:
+    """One table as its plan says: its manifest entry and what it lost. What an earlier run finished stays."""
+    noted = journal.notes.get(str(layer), {})
+    if "written" in noted and all(_has(folder, item) for item in written_files(noted["written"])):
         progress.say(f"layer {layer}: written by an earlier run")
         return dict(noted)
+    write = _write_mixed if plan.mixed else _write_one
+    entry, errors = write(checkpoint, layer, plan, folder, journal, progress)
+    report = {
+        "codec": plan.name, "rows": entry["rows"], "width": entry["width"], "bytes": entry_bytes(entry),
+        "bytes_before": (checkpoint.folder / table_file(layer)).stat().st_size,
+        "rel_error": errors.rel_error, "worst_row": errors.worst_row, "worst_row_error": errors.worst_row_error,
+    }  # fmt: skip
+    done = {"written": entry, "report": report}
+    journal.note(str(layer), done)
+    return done
+
+
+def _has(folder: Path, item: Mapping[str, Any]) -> bool:
+    path = folder / item["file"]
+    return path.is_file() and path.stat().st_size == int(item["bytes"])
+
+
+def _write_mixed(
+    checkpoint: Checkpoint, layer: int, plan: TablePlan, folder: Path, journal: Journal, progress: Progress
+) -> tuple[dict[str, Any], RowErrors]:
+    """A table of several classes. (What was begun of one is begun anew by a later run.)"""
+    source, errors = float_rows(checkpoint, layer), RowErrors()
+    class_map = ClassMap.build(source.rows, plan.blocks(checkpoint.layout, layer))
+    codecs = [None if name is None else find_codec(name) for name in plan.codecs]
+    with (
+        MixedWriter(folder, layer, class_map, codecs, width=source.width) as writer,
+        progress.task(f"layer {layer} to {plan.name}", source.rows, "rows") as task,
+    ):
+        for block in source.blocks(block_rows(source.width)):
+            errors.add(*writer.append(block))
+            task.advance(len(block))
+    assert writer.entry is not None
+    return writer.entry, errors
+
+
+def _write_one(
+    checkpoint: Checkpoint, layer: int, plan: TablePlan, folder: Path, journal: Journal, progress: Progress
+) -> tuple[dict[str, Any], RowErrors]:
+    """A table of one codec, from where an earlier run came to."""
+    (codec,) = plan.stored()
+    target, noted = folder / table_file(layer), journal.notes.get(str(layer), {})
     source = float_rows(checkpoint, layer)
     with (
         RowWriter(
@@ -132,16 +178,8 @@ def _table(
         begin, first = time.monotonic(), writer.count
         blocks = source.blocks(block_rows(source.width, writer.geometry.rows_per_page), first)
         stream_table(blocks, writer, codec, errors, table=f"layer {layer}", first_row=first, task=task, after=after)
-    made = writer.table_file
-    assert made is not None
-    report = {
-        "codec": codec.name, "rows": made.rows, "width": made.width, "bytes": made.bytes,
-        "bytes_before": source.path.stat().st_size,
-        "rel_error": errors.rel_error, "worst_row": errors.worst_row, "worst_row_error": errors.worst_row_error,
-    }  # fmt: skip
-    done = {"written": {"file": table_file(layer), **asdict(made)}, "report": report}
-    journal.note(str(layer), done)
-    return done
+    assert writer.table_file is not None
+    return {"file": table_file(layer), **asdict(writer.table_file)}, errors
 
 
 def float_rows(checkpoint: Checkpoint, layer: int) -> FloatRows:

@@ -14,8 +14,8 @@ from engram.builders.checkpoint import Checkpoint
 from engram.builders.layout import Layout
 from engram.kernels import dispatch
 from engram.kernels.codecs import find_codec
-from engram.quantize.mapped import RowTable
 from engram.quantize.plan import TablePlan
+from engram.quantize.row_table import RowTable
 
 Ints = NDArray[np.int64]
 Singles = NDArray[np.float32]

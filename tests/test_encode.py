@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,6 @@ from widths import fitting
 
 from engram.kernels import dispatch
 from engram.kernels.codecs import CODECS, CodecError, Floats
-from engram.kernels.group_codecs import NF4_BOOK
-from engram.kernels.reference import KernelError
 
 CPP = [name for name in dispatch.available() if name != "reference"]
 SOURCE = Path(__file__).parents[1] / "kernels" / "csrc" / "isa" / "encode.cpp"

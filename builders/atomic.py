@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -53,6 +54,52 @@ def atomic_folder(out: Path, *, force: bool = False, error: type[EngramError] = 
         raise
     sync_tree(partial)
     put_in_place(partial, out)
+
+
+@contextmanager
+def resumable_folder(out: Path, *, force: bool = False, error: type[EngramError] = EngramError) -> Iterator[Path]:
+    """As `atomic_folder`, for long work: what an interrupted run left is still in the folder.
+
+    The caller goes on with it or calls `clear`. When the block fails, the folder is removed for an EngramError (to run
+    again would fail again) and stays for anything else: Ctrl-C, a full disk, a kill. One process at a time: while
+    another one writes there, `error` is raised.
+    """
+    check_replaceable(out, force=force, error=error)
+    partial = out.with_name(out.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = _locked(partial, error)
+    try:
+        try:
+            yield partial
+        except EngramError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        sync_tree(partial)
+        put_in_place(partial, out)
+    finally:
+        os.close(lock)
+
+
+def _locked(folder: Path, error: type[EngramError]) -> int:
+    """An open handle of the folder that no other process can lock; the lock ends with the process at the latest."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        same = os.path.samestat(os.fstat(handle), folder.stat())  # the other one may just have put it in place
+    except (BlockingIOError, FileNotFoundError):
+        same = False
+    except OSError:
+        same = True  # a file system without locks
+    if not same:
+        os.close(handle)
+        raise error(f"{folder} is being written by another process", hint="wait for it, or choose another --out")
+    return handle
+
+
+def clear(folder: Path) -> None:
+    """Remove everything in a folder."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def put_in_place(finished: Path, out: Path) -> None:

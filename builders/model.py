@@ -110,9 +110,10 @@ class _Call:
     """What the hooks of one forward pass read and write."""
 
     memory: Mapping[int, Tensor]
-    mask_BT: Tensor | None
-    past: Mapping[int, Tensor | None]
+    mask_BT: Tensor | None = None
+    past: Mapping[int, Tensor | None] = field(default_factory=dict)
     inputs: dict[int, Tensor] = field(default_factory=dict)
+    watch: dict[int, Tensor] | None = None
 
 
 class EngramModel(nn.Module):
@@ -161,6 +162,8 @@ class EngramModel(nn.Module):
             call = self._call
             if call is None:  # the backbone is used by itself
                 return hidden
+            if call.watch is not None:
+                call.watch[layer] = hidden
             out, inputs = self.gate(layer).add(hidden, call.memory[layer], call.past.get(layer), call.mask_BT)
             if inputs is not None:
                 call.inputs[layer] = inputs
@@ -190,6 +193,20 @@ class EngramModel(nn.Module):
         cache = DynamicCache() if croppable else DynamicCache(config=self.backbone.config)
         ids = np.zeros((batch, 0), dtype=np.int64)
         return Timeline(self.layout, cache, croppable, ids, ids.astype(bool))
+
+    def states(
+        self, ids_BT: Tensor, memory: Mapping[int, Tensor] | None, watch: dict[int, Tensor] | None = None
+    ) -> Tensor:
+        """What the unembedding is applied to [B, T, D], with `memory` gated in (None: the backbone alone).
+
+        `watch` takes the residual stream as each layer's gate finds it.
+        """
+        self._call = None if memory is None else _Call(memory, watch=watch)
+        try:
+            state_BTD: Tensor = self.backbone.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        finally:
+            self._call = None
+        return state_BTD
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from engram import EngramError, __version__
-from engram.cli import bench, build_vocab, demo, export, fill, quantize, recipe, run, train, ui, verify, warm
+from engram.cli import bench, build_vocab, demo, export, fill, inspect, quantize, recipe, run, train, ui, verify, warm
 from engram.cli import eval as evaluation
 from engram.cli import hash as hashing
 
@@ -49,6 +49,7 @@ app.command("train")(train.train)
 app.command("fill")(fill.fill)
 app.command("quantize")(quantize.quantize)
 app.command("export")(export.export)
+app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
 app.command("warm")(warm.warm)

@@ -6,24 +6,28 @@ Shape letters: N rows of a table, K bytes a row, C columns, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engram.kernels import _C, reference
-from engram.kernels.codecs import Bytes, Codec
+from engram.kernels.codecs import Bytes, Codec, CodecError
 from engram.kernels.reference import (
     Convolution,
+    Doubles,
     Flags,
     Ints,
     KernelError,
+    Singles,
+    check_error_rows,
     id_outside,
     prepare_gather,
     row_outside,
 )
 
-Singles = NDArray[np.float32]
+_LEAST_SLICE = 256  # rows that NumPy encodes at a time where several threads do
 KINDS = {"plain": 0, "sqrt": 1, "copysign": 2}  # GateKind in csrc/gate.h
 
 
@@ -43,6 +47,53 @@ def gather(
         if wrong >= 0:
             raise row_outside(rows, wrong, len(table_NK))
     return out
+
+
+def encode(
+    codec: Codec, rows_ND: Singles, *, table: str = "table", first_row: int = 0, threads: int = 1
+) -> Bytes:
+    """reference.encode on up to `threads` threads (0: all that there are); codecs without C++ go to NumPy in slices.
+
+    C++ says only that something is wrong; NumPy then goes over the rows and finds the words.
+    """
+    if rows_ND.ndim == 2 and rows_ND.dtype == np.float32 and rows_ND.shape[1]:
+        if not _C.can_encode(codec.code):
+            return _encode_slices(codec, rows_ND, table, first_row, threads or _C.available_threads())
+        if rows_ND.strides[1] != 4 or rows_ND.strides[0] % 4:
+            rows_ND = np.ascontiguousarray(rows_ND)
+        try:
+            out = np.empty((len(rows_ND), codec.row_bytes(rows_ND.shape[1])), dtype=np.uint8)
+        except CodecError:  # of the width; a value that is not finite comes first
+            return codec.encode(rows_ND, table=table, first_row=first_row)
+        if _C.encode(codec.code, rows_ND, out, threads):
+            return out
+    return codec.encode(rows_ND, table=table, first_row=first_row)
+
+
+def _encode_slices(codec: Codec, rows_ND: Singles, table: str, first_row: int, threads: int) -> Bytes:
+    """NumPy lets go of Python's lock while it works on an array, so that slices go on beside each other."""
+    step = max(_LEAST_SLICE, -(-len(rows_ND) // max(threads, 1)))
+    slices = [rows_ND[begin : begin + step] for begin in range(0, len(rows_ND), step)]
+    if len(slices) > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                return np.concatenate(list(pool.map(codec.encode, slices)))
+            except CodecError:
+                pass  # which of several errors is named does not depend on the slices
+    return codec.encode(rows_ND, table=table, first_row=first_row)
+
+
+def row_errors(codec: Codec, bytes_NK: Bytes, rows_ND: Singles, *, threads: int = 1) -> tuple[Doubles, Doubles]:
+    """reference.row_errors on up to `threads` threads (0: all that there are), block by block in the nearest cache."""
+    check_error_rows(codec, bytes_NK, rows_ND)
+    known = _C.row_bytes(codec.code, rows_ND.shape[1]) == bytes_NK.shape[-1]
+    if not known or bytes_NK.ndim != 2 or bytes_NK.dtype != np.uint8:
+        return reference.row_errors(codec, bytes_NK, rows_ND)
+    lost, whole = np.empty(len(rows_ND)), np.empty(len(rows_ND))
+    _C.row_errors(
+        codec.code, np.ascontiguousarray(bytes_NK), np.ascontiguousarray(rows_ND), lost, whole, threads
+    )
+    return lost, whole
 
 
 class Hasher(reference.Hasher):

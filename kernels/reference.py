@@ -21,6 +21,10 @@ from engram.kernels.codecs import Bytes, Codec
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Floats = NDArray[np.floating]
+Singles = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+
+_LANES = 16  # partial sums of row_errors
 
 
 class KernelError(EngramError):
@@ -174,6 +178,51 @@ def gather(
     if rows.size:
         codec.decode(table_NK[rows.ravel()], width, out=out.reshape(-1, width))
     return out
+
+
+def encode(
+    codec: Codec, rows_ND: Singles, *, table: str = "table", first_row: int = 0, threads: int = 1
+) -> Bytes:
+    """float32 [N, D] to uint8 [N, K]: codec.encode; `threads` is how many may work (the reference uses one).
+
+    Raises CodecError for a width that the codec cannot hold; for a value that is NaN or infinite, or that needs a scale
+    which does not fit, it names `table` and the row, counted from `first_row`.
+    """
+    return codec.encode(rows_ND, table=table, first_row=first_row)
+
+
+def row_errors(codec: Codec, bytes_NK: Bytes, rows_ND: Singles, *, threads: int = 1) -> tuple[Doubles, Doubles]:
+    """What encoding lost, row by row: sums of (decoded - x)² and of x² over D, each float64 [N].
+
+    The difference is rounded to fp32, all else is fp64. Every 16th value goes to the same partial sum; those are added
+    in pairs: (i, i + 8), (i, i + 4), (i, i + 2), (i, i + 1). CodecError for bytes of another size.
+    """
+    check_error_rows(codec, bytes_NK, rows_ND)
+    with np.errstate(over="ignore", invalid="ignore"):
+        lost_ND = codec.decode(bytes_NK, rows_ND.shape[1]) - rows_ND
+        return _square_sums(lost_ND), _square_sums(rows_ND)
+
+
+def check_error_rows(codec: Codec, bytes_NK: Bytes, rows_ND: Singles) -> None:
+    """Refuse rows of another type, and rows that are not as many as the encoded ones; decoding checks the rest."""
+    if rows_ND.ndim != 2 or rows_ND.dtype != np.float32 or len(rows_ND) != len(bytes_NK):
+        raise KernelError(
+            f"row_errors of {codec.name} takes float32 [{len(bytes_NK)}, D] beside the encoded rows, found "
+            f"{rows_ND.dtype} {list(rows_ND.shape)}"
+        )
+
+
+def _square_sums(values_ND: Singles) -> Doubles:
+    count, width = values_ND.shape
+    values = np.zeros((count, -(-width // _LANES), _LANES))
+    values.reshape(count, -1)[:, :width] = values_ND
+    sums = np.zeros((count, _LANES))
+    for step in range(values.shape[1]):
+        sums += np.square(values[:, step])
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    return sums[:, 0]
 
 
 def aligned_empty(shape: Sequence[int], dtype: Any) -> NDArray[Any]:

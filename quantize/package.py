@@ -113,7 +113,12 @@ def export_package(config: ExportConfig, progress: Progress | None = None) -> di
     begin = time.monotonic()
     progress = progress or Progress()
     check_target(config.source, config.out, force=config.force, error=PackageError)
-    with _source(config.source) as (manifest, layout, layers):
+    with open_source(config.source) as (manifest, layout, layers):
+        if not manifest.get("quality", manifest.get("origin", {}).get("quality", {})).get("passed", True):
+            raise PackageError(
+                f"{config.source} did not pass its quality gate",
+                hint="see engram inspect; quantize with finer codecs or a larger --max-loss",
+            )
         with atomic_folder(config.out, force=config.force, error=PackageError) as folder:
             (folder / "tables").mkdir()
             written = {
@@ -150,8 +155,11 @@ def export_package(config: ExportConfig, progress: Progress | None = None) -> di
 
 
 @contextmanager
-def _source(folder: Path) -> Iterator[tuple[dict[str, Any], Layout, dict[int, RowTable] | None]]:
-    """Manifest, layout and mapped tables of what is to be exported; no mapped tables where they are still float."""
+def open_source(folder: Path) -> Iterator[tuple[dict[str, Any], Layout, dict[int, RowTable] | None]]:
+    """Manifest, layout and mapped tables of a float checkpoint (None: not mapped), a quantized one or a package.
+
+    Raises CheckpointError or PackageError for anything else, and for damage.
+    """
     versions = {checkpoints.FORMAT: checkpoints.VERSION, quantized.FORMAT: quantized.VERSION, FORMAT: VERSION}
     manifest = checkpoints.read_manifest(folder, versions)
     if manifest["format"] == checkpoints.FORMAT:

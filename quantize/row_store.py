@@ -22,13 +22,13 @@ from engram import EngramError, Progress
 from engram.builders.atomic import sync_path
 from engram.kernels import dispatch
 from engram.kernels.codecs import Bytes, Codec, CodecError, Floats, find_codec
+from engram.quantize.write_behind import BLOCK_PAGES, PageSink, forget, write_at
+from engram.quantize.write_behind import PAGE as PAGE
 
 FORMAT = "engram-rows"
 VERSION = 2
-PAGE = 4096
 _LONGEST_HEADER = 1 << 20
 _MOST_ROWS = 1 << 48
-_BLOCK_PAGES = 512  # 2 MiB are packed, checksummed and written at a time
 _FIELDS = ("format", "version", "codec", "codec_version", "width", "rows", "layer")
 
 
@@ -197,86 +197,161 @@ class RowWriter:
 
     Use as a context manager; `append` encoded rows until there are `rows` of them. The file is built under
     `path` + ".partial" in the same folder, flushed, and renamed when the block ends; when it fails, it is removed.
+
+    Hashing and writing go on behind `append`. To go on after a kill: call `sync` now and then and note `count`
+    somewhere durable; a later writer of the same table with `resume=count` begins there, if what the file holds up to
+    there has its checksums, and with 0 rows if not: look at its `count`. With `keep`, an error that is no EngramError
+    (a full disk, Ctrl-C) leaves the unfinished file for that.
     """
 
-    def __init__(self, path: Path, rows: int, width: int, codec: Codec, layer: int) -> None:
+    def __init__(
+        self, path: Path, rows: int, width: int, codec: Codec, layer: int, *, resume: int = 0, keep: bool = False
+    ) -> None:
         self.path, self.geometry = path, Geometry(codec, rows, width, layer)
         self.table_file: TableFile | None = None
+        self.count = 0
         self._partial = path.with_name(path.name + ".partial")
-        self._rows = self._pages = self._waiting = 0
-        self._block = np.zeros((_BLOCK_PAGES, PAGE), dtype=np.uint8)
-        packed = self.geometry.rows_per_page * self.geometry.row_bytes
-        self._slots = self._block[:, :packed].reshape(_BLOCK_PAGES, self.geometry.rows_per_page, -1)
-        assert np.shares_memory(self._slots, self._block)
+        self._resume, self._keep = resume, keep
+        self._pages = self._waiting = 0  # pages handed to the sink, rows in the block behind them
 
     def __enter__(self) -> Self:
-        self._file = self._partial.open("w+b", buffering=0)
-        self._sha256 = hashlib.sha256(self.geometry.header)
-        self._write(self.geometry.header, 0)
+        geometry = self.geometry
+        begin = len(geometry.header)
+        again = self._resume > 0 and self._partial.exists()
+        self._file = self._partial.open("r+b" if again else "w+b", buffering=0)
+        self._sink = PageSink(self._file.fileno(), begin, begin + geometry.pages * PAGE)
+        self._take_block()
+        try:
+            self._sink.sha256.update(geometry.header)
+            if again and not self._take_over(self._resume):
+                self._sink.sha256 = hashlib.sha256(geometry.header)
+                self._file.truncate(0)
+                again = False
+            if not again:
+                write_at(self._file.fileno(), geometry.header, 0)
+        except BaseException:
+            self._leave(keep=True)
+            raise
         return self
+
+    def _take_block(self) -> None:
+        geometry = self.geometry
+        self._block = self._sink.take()
+        packed = geometry.rows_per_page * geometry.row_bytes
+        self._slots = self._block[:, :packed].reshape(BLOCK_PAGES, geometry.rows_per_page, -1)
+        assert np.shares_memory(self._slots, self._block)
+
+    def _take_over(self, rows: int) -> bool:
+        """Go on behind the first `rows` rows of an unfinished file; False where they are not those that were synced."""
+        geometry, handle = self.geometry, self._file.fileno()
+        header, begin = geometry.header, len(geometry.header)
+        if rows > geometry.rows or os.pread(handle, begin, 0) != header:
+            return False
+        pages = -(-rows // geometry.rows_per_page)
+        for first in range(0, pages, BLOCK_PAGES):
+            found = self._block[: min(BLOCK_PAGES, pages - first)]
+            sums = np.zeros(len(found), dtype="<u4")
+            read = os.preadv(handle, [found.data], begin + first * PAGE)
+            read += os.preadv(handle, [sums.data], begin + geometry.pages * PAGE + 4 * first)
+            if read != found.nbytes + sums.nbytes or (dispatch.ops().crc32_pages(found) != sums).any():
+                return False
+            whole = min(len(found), rows // geometry.rows_per_page - first)
+            self._sink.sha256.update(found[:whole].data)
+            forget(handle, begin + first * PAGE, found.nbytes)
+            if whole < len(found):  # the last page is not full: it is put again
+                self._block[0] = found[whole].copy()
+        self.count = rows
+        self._pages, self._waiting = divmod(rows, geometry.rows_per_page)
+        return True
 
     def append(self, encoded_NK: Bytes) -> None:
         """Store the next rows; RowStoreError when there are more than announced."""
-        if self._rows + len(encoded_NK) > self.geometry.rows:
+        if self.count + len(encoded_NK) > self.geometry.rows:
             raise RowStoreError(f"{self.path}: more rows arrive than the {self.geometry.rows} announced")
-        per_page, capacity = self.geometry.rows_per_page, _BLOCK_PAGES * self.geometry.rows_per_page
-        self._rows += len(encoded_NK)
+        per_page, capacity = self.geometry.rows_per_page, BLOCK_PAGES * self.geometry.rows_per_page
+        self.count += len(encoded_NK)
         while len(encoded_NK):
+            page, slot = divmod(self._waiting, per_page)
             taken = encoded_NK[: capacity - self._waiting]
-            places = np.arange(self._waiting, self._waiting + len(taken))
-            self._slots[places // per_page, places % per_page] = taken
+            if slot or len(taken) < per_page:  # into one page
+                taken = taken[: per_page - slot]
+                self._slots[page, slot : slot + len(taken)] = taken
+            else:
+                taken = taken[: len(taken) // per_page * per_page]
+                self._slots[page : page + len(taken) // per_page] = taken.reshape(-1, *self._slots.shape[1:])
             self._waiting += len(taken)
             encoded_NK = encoded_NK[len(taken) :]
             if self._waiting == capacity:
                 self._flush()
 
     def _flush(self) -> None:
-        """Write the pages that wait, and their checksums where those belong."""
+        """Hand over the pages that wait, the last one with zeros behind its rows."""
         count = -(-self._waiting // self.geometry.rows_per_page)
-        pages = self._block[:count]
-        sums = dispatch.ops().crc32_pages(pages).astype("<u4")
-        begin = len(self.geometry.header)
-        self._sha256.update(pages.data)
-        self._write(pages.tobytes(), begin + self._pages * PAGE)
-        self._write(sums.tobytes(), begin + self.geometry.pages * PAGE + self._pages * 4)
+        self._clear_behind()
+        self._sink.put(self._block, count, self._pages)
         self._pages += count
         self._waiting = 0
-        self._block[...] = 0
+        self._take_block()
 
-    def _write(self, data: bytes, offset: int) -> None:
-        view = memoryview(data)
-        while view:
-            done = os.pwrite(self._file.fileno(), view, offset)
-            view, offset = view[done:], offset + done
+    def _clear_behind(self) -> None:
+        page, slot = divmod(self._waiting, self.geometry.rows_per_page)
+        if slot:
+            self._slots[page, slot:] = 0
+
+    def sync(self) -> None:
+        """Have all rows that were appended on the disk, together with their checksums."""
+        full, slot = divmod(self._waiting, self.geometry.rows_per_page)
+        self._clear_behind()
+        if full:
+            last = self._block[full].copy() if slot else None
+            self._sink.put(self._block, full, self._pages)
+            self._pages, self._waiting = self._pages + full, slot
+            self._take_block()
+            if last is not None:
+                self._block[0] = last
+        if slot:
+            self._sink.put(self._block, 1, self._pages, final=False)
+        self._sink.drain()
+        os.fsync(self._file.fileno())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        keep = self._keep and error is not None and not isinstance(error, EngramError)
         try:
             if error is None:
                 self._finish()
+        except BaseException as wrong:
+            keep = self._keep and not isinstance(wrong, EngramError)
+            raise
         finally:
-            self._file.close()
+            self._leave(keep=keep)
+
+    def _leave(self, *, keep: bool) -> None:
+        self._sink.close()
+        self._file.close()
+        if not keep:
             self._partial.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         geometry = self.geometry
-        if self._rows != geometry.rows:
-            raise RowStoreError(f"{self.path}: {self._rows} rows arrived of the {geometry.rows} announced")
+        if self.count != geometry.rows:
+            raise RowStoreError(f"{self.path}: {self.count} rows arrived of the {geometry.rows} announced")
         if self._waiting:
             self._flush()
-        self._write(zlib.crc32(geometry.header).to_bytes(4, "little"), geometry.file_bytes - 4)
+        self._sink.drain()
+        write_at(self._file.fileno(), zlib.crc32(geometry.header).to_bytes(4, "little"), geometry.file_bytes - 4)
         seal = hashlib.sha256(geometry.header)
         self._file.seek(len(geometry.header) + geometry.pages * PAGE)
         while block := self._file.read(1 << 20):
             seal.update(block)
-            self._sha256.update(block)
+            self._sink.sha256.update(block)
         os.fsync(self._file.fileno())
         self._partial.rename(self.path)
         sync_path(self.path.parent)
         self.table_file = TableFile(
             geometry.codec.name, geometry.codec.version, geometry.rows, geometry.width, geometry.file_bytes,
-            self._sha256.hexdigest(), seal.hexdigest(),
+            self._sink.sha256.hexdigest(), seal.hexdigest(),
         )  # fmt: skip
 
 
@@ -298,7 +373,7 @@ def write_table(
         done = 0
         with (progress or Progress()).task(f"layer {layer} as {codec.name}", rows, "rows") as task:
             for block in blocks:
-                writer.append(codec.encode(block, table=f"layer {layer}", first_row=done))
+                writer.append(dispatch.ops().encode(codec, block, table=f"layer {layer}", first_row=done, threads=0))
                 done += len(block)
                 task.advance(len(block))
     assert writer.table_file is not None

@@ -5,29 +5,30 @@ Shape letters: n rows of a block, D width.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-import os
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engram import EngramError, Progress
-from engram.builders.atomic import atomic_folder
+from engram import EngramError, Progress, __version__
+from engram.builders.atomic import resumable_folder, sync_tree
 from engram.builders.checkpoint import MANIFEST, Checkpoint, open_checkpoint, table_file
 from engram.kernels.codecs import Codec, Floats, find_codec
 from engram.quantize.folder import check_target
-from engram.quantize.row_store import Geometry, RowWriter, TableFile
+from engram.quantize.journal import Journal
+from engram.quantize.plan import TablePlan
+from engram.quantize.row_store import Geometry, RowWriter
+from engram.quantize.stream import FloatRows, RowErrors, block_rows, stream_table
 
 FORMAT = "engram-quantized"
 VERSION = 1
 _LEFT_BEHIND = ("tables", "state", MANIFEST)  # state resumes the training of float tables
-_BLOCK_BYTES = 4 << 20
 
 
 class QuantizeError(EngramError):
@@ -41,43 +42,17 @@ class QuantizeConfig:
     checkpoint: Path
     out: Path
     tables: str = "int8"
+    plans: Mapping[int, TablePlan] | None = None  # by layer; all rows in `tables` where there is none
     force: bool = False
-
-
-@dataclass
-class RowErrors:
-    """Errors of a table, gathered block by block; relative errors are ||x - x'|| / ||x||."""
-
-    worst_row: int = -1
-    worst_row_error: float = 0.0
-    _rows: int = field(default=0, repr=False)
-    _lost: float = field(default=0.0, repr=False)
-    _whole: float = field(default=0.0, repr=False)
-
-    def add(self, rows_nD: Floats, back_nD: Floats) -> None:
-        """Count the next rows and what they became. A row of zeros has no relative error and counts as 0."""
-        difference = back_nD - rows_nD
-        lost = np.einsum("nd,nd->n", difference, difference, dtype=np.float64)
-        whole = np.einsum("nd,nd->n", rows_nD, rows_nD, dtype=np.float64)
-        share = np.sqrt(np.divide(lost, whole, out=np.zeros_like(lost), where=whole > 0))
-        if len(share) and (self.worst_row < 0 or float(share.max()) > self.worst_row_error):
-            self.worst_row, self.worst_row_error = self._rows + int(share.argmax()), float(share.max())
-        self._rows += len(rows_nD)
-        self._lost += float(lost.sum())
-        self._whole += float(whole.sum())
-
-    @property
-    def rel_error(self) -> float:
-        """Of the table as a whole."""
-        return math.sqrt(self._lost / self._whole) if self._whole else 0.0
 
 
 def quantize(config: QuantizeConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Write a quantized checkpoint: tables through the codec, everything else unchanged but for `state/`.
 
-    Returns the fields of `engram quantize --json`. Memory does not grow with the tables. Raises CheckpointError for a
-    source that is no sound float checkpoint, CodecError for an unknown codec, an unfit width or a value that is not
-    finite, QuantizeError where `out` may not be written.
+    Returns the fields of `engram quantize --json`. Memory does not grow with the tables. A run that was killed or
+    stopped goes on where it came to, if it is started again for the same checkpoint, codec and release. Raises
+    CheckpointError for a source that is no sound float checkpoint, CodecError for an unknown codec, an unfit width or a
+    value that is not finite, QuantizeError where `out` may not be written.
     """
     begin = time.monotonic()
     progress = progress or Progress()
@@ -87,61 +62,97 @@ def quantize(config: QuantizeConfig, progress: Progress | None = None) -> dict[s
     layout = checkpoint.layout
     for layer in layout.layers:
         Geometry(codec, layout.table_rows[layer], layout.head_dim, layer)  # refuse before any work
-    report: dict[str, dict[str, Any]] = {}
-    written: dict[str, dict[str, Any]] = {}
-    with atomic_folder(config.out, force=config.force, error=QuantizeError) as folder:
-        (folder / "tables").mkdir()
-        for layer in layout.layers:
-            made, errors = _quantize_table(checkpoint, layer, codec, folder / table_file(layer), progress)
-            written[str(layer)] = {"file": table_file(layer), **asdict(made)}
-            report[str(layer)] = {
-                "codec": codec.name, "rows": made.rows, "width": made.width, "bytes": made.bytes,
-                "bytes_before": (config.checkpoint / table_file(layer)).stat().st_size,
-                "rel_error": errors.rel_error, "worst_row": errors.worst_row, "worst_row_error": errors.worst_row_error,
-            }  # fmt: skip
-        for path in sorted(config.checkpoint.iterdir()):
-            if path.name not in _LEFT_BEHIND:
-                shutil.copytree(path, folder / path.name) if path.is_dir() else shutil.copyfile(
-                    path, folder / path.name
-                )
-        if checkpoint.backbone.kind == "embedded":
-            checkpoint.backbone.verify(folder)
+    with resumable_folder(config.out, force=config.force, error=QuantizeError) as folder:
+        journal = Journal(folder, _job(checkpoint, codec))
+        if journal.said:
+            progress.say(journal.said)
+        (folder / "tables").mkdir(exist_ok=True)
+        _copy_others(checkpoint, folder)
+        tables = {str(n): _table(checkpoint, n, codec, folder, journal, progress) for n in layout.layers}
+        written = {n: table["written"] for n, table in tables.items()}
         manifest = checkpoint.manifest | {"format": FORMAT, "version": VERSION, "tables": written}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        sync_tree(folder)
+        journal.end()
+    report = {n: table["report"] for n, table in tables.items()}
     return {"out": str(config.out), "tables": report, "backbone": "unchanged", "seconds": time.monotonic() - begin}
 
 
-def _quantize_table(
-    checkpoint: Checkpoint, layer: int, codec: Codec, target: Path, progress: Progress
-) -> tuple[TableFile, RowErrors]:
-    """One table through the codec; the encoded rows are decoded again to measure what was lost."""
-    rows, width = checkpoint.layout.table_rows[layer], checkpoint.layout.head_dim
-    errors, done, begin = RowErrors(), 0, time.monotonic()
+def _job(checkpoint: Checkpoint, codec: Codec) -> dict[str, Any]:
+    """What an unfinished folder must have been made from for this run to go on with it."""
+    found = {n: (checkpoint.folder / table_file(n)).stat() for n in checkpoint.layout.layers}
+    return {
+        "release": __version__,
+        "codec": [codec.name, codec.version],
+        "source": {
+            "manifest": hashlib.sha256((checkpoint.folder / MANIFEST).read_bytes()).hexdigest(),
+            "tables": {str(n): [stat.st_size, stat.st_mtime_ns] for n, stat in found.items()},
+        },
+    }
+
+
+def _copy_others(checkpoint: Checkpoint, folder: Path) -> None:
+    """Everything but the tables and the training state, before the long work: a damaged backbone is found at once."""
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.name in _LEFT_BEHIND:
+            continue
+        target = folder / path.name
+        shutil.copytree(path, target, dirs_exist_ok=True) if path.is_dir() else shutil.copyfile(path, target)
+    if checkpoint.backbone.kind == "embedded":
+        checkpoint.backbone.verify(folder)
+
+
+def _table(
+    checkpoint: Checkpoint, layer: int, codec: Codec, folder: Path, journal: Journal, progress: Progress
+) -> dict[str, Any]:
+    """One table through the codec, or from where an earlier run came to: its manifest entry and what it lost."""
+    target, noted = folder / table_file(layer), journal.notes.get(str(layer), {})
+    if "written" in noted and target.is_file() and target.stat().st_size == noted["written"]["bytes"]:
+        progress.say(f"layer {layer}: written by an earlier run")
+        return dict(noted)
+    source = float_rows(checkpoint, layer)
     with (
-        RowWriter(target, rows, width, codec, layer) as writer,
-        progress.task(f"layer {layer} to {codec.name}", rows, "rows") as task,
+        RowWriter(
+            target, source.rows, source.width, codec, layer, resume=noted.get("rows", 0), keep=True
+        ) as writer,
+        progress.task(f"layer {layer} to {codec.name}", source.rows, "rows") as task,
     ):
-        for block in float_blocks(checkpoint, layer):
-            encoded = codec.encode(block, table=f"layer {layer}", first_row=done)
-            errors.add(block, codec.decode(encoded, width))
-            writer.append(encoded)
-            done += len(block)
-            task.advance(len(block))
-            task.note(f"{done / max(time.monotonic() - begin, 1e-9):,.0f} rows/s")
-    assert writer.table_file is not None
-    return writer.table_file, errors
+        errors = RowErrors(**noted["errors"]) if writer.count else RowErrors()
+        if noted.get("rows"):
+            what = "going on at" if writer.count else "what an earlier run wrote is damaged: starting over, not at"
+            progress.say(f"layer {layer}: {what} row {noted['rows']:,} of {source.rows:,}")
+        task.advance(writer.count)
+
+        def after(done: int) -> None:
+            task.note(f"{(done - first) / max(time.monotonic() - begin, 1e-9):,.0f} rows/s")
+            if journal.due:
+                writer.sync()
+                journal.note(str(layer), {"rows": done, "errors": asdict(errors)})
+
+        begin, first = time.monotonic(), writer.count
+        blocks = source.blocks(block_rows(source.width, writer.geometry.rows_per_page), first)
+        stream_table(blocks, writer, codec, errors, table=f"layer {layer}", first_row=first, task=task, after=after)
+    made = writer.table_file
+    assert made is not None
+    report = {
+        "codec": codec.name, "rows": made.rows, "width": made.width, "bytes": made.bytes,
+        "bytes_before": source.path.stat().st_size,
+        "rel_error": errors.rel_error, "worst_row": errors.worst_row, "worst_row_error": errors.worst_row_error,
+    }  # fmt: skip
+    done = {"written": {"file": table_file(layer), **asdict(made)}, "report": report}
+    journal.note(str(layer), done)
+    return done
+
+
+def float_rows(checkpoint: Checkpoint, layer: int) -> FloatRows:
+    """Where a layer's float32 rows lie: read beside the mapping, so that memory stays bounded."""
+    mapped = checkpoint.table(layer)
+    assert isinstance(mapped, np.memmap)
+    rows, width = mapped.shape
+    return FloatRows(checkpoint.folder / table_file(layer), mapped.offset, rows, width)
 
 
 def float_blocks(checkpoint: Checkpoint, layer: int) -> Iterator[Floats]:
-    """The layer's float32 rows in order, [n, D] at a time, read beside the mapping so that memory stays bounded."""
-    mapped = checkpoint.table(layer)
-    assert isinstance(mapped, np.memmap)
-    path, offset, (rows, width) = checkpoint.folder / table_file(layer), mapped.offset, mapped.shape
-    count = max(1, _BLOCK_BYTES // (4 * width))
-    with path.open("rb", buffering=0) as file:
-        for first in range(0, rows, count):
-            wanted = 4 * width * min(count, rows - first)
-            data = os.pread(file.fileno(), wanted, offset + 4 * width * first)
-            if len(data) != wanted:
-                raise QuantizeError(f"table {path} ends within row {first + len(data) // (4 * width)} of {rows}")
-            yield np.frombuffer(data, "<f4").reshape(-1, width)
+    """The layer's float32 rows in order, [n, D] at a time, each block valid until the next one is asked for."""
+    source = float_rows(checkpoint, layer)
+    return source.blocks(block_rows(source.width))

@@ -22,11 +22,11 @@ from engram.builders.corpus import CorpusConfig
 from engram.builders.layout import Layout
 from engram.builders.token_cache import TokenCache
 from engram.runtime.engine import Model
+from engram.runtime.readout import Readout, nats
 
 Ints = NDArray[np.int64]
 
 ARMS = ("backbone", "memory", "zero_table", "shuffled_rows")
-_SAME_LOGITS = 1e-3  # of the largest logit: bfloat16 heads round so
 _SPREAD = 8  # documents that a small max_tokens is spread over where there are so many
 _LEAST_DOCUMENTS = 2  # an interval over documents needs more than one
 
@@ -66,6 +66,15 @@ class EvalConfig:
             raise EvaluateError(f"max_tokens {self.max_tokens} must be at least 2")
 
 
+@dataclass(frozen=True)
+class Sample:
+    """How much of a text to read; see EvalConfig."""
+
+    max_tokens: int | None = None
+    document_tokens: int = 2048
+    sequence: int = 512
+
+
 @dataclass
 class Scores:
     """Sums over one document: predicted tokens, their UTF-8 bytes, and nats by arm."""
@@ -102,7 +111,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
     return summary(scored, config) | {"documents_sha256": digest}
 
 
-def choose(cache: TokenCache, config: EvalConfig) -> list[tuple[int, int]]:
+def choose(cache: TokenCache, config: EvalConfig | Sample) -> list[tuple[int, int]]:
     """(document, tokens of it to read), in the order of the documents' hashes."""
     lengths, chosen = cache.lengths(), []
     left = int(lengths.sum()) if config.max_tokens is None else config.max_tokens
@@ -138,6 +147,8 @@ def shuffled(rows: Mapping[int, Ints], layout: Layout, seed: int) -> dict[int, I
         primes = np.array([p for heads in layout.primes[layer] for p in heads], dtype=np.int64)
         factor_C = np.array([generator.integers(max(1, p // 3), max(2, p)) for p in primes], dtype=np.int64)
         shift_C = np.array([generator.integers(0, p) for p in primes], dtype=np.int64)
+        if layer not in rows:  # drawn all the same, so that a layer's permutation does not depend on what is asked for
+            continue
         local_BTC = rows[layer] - layout.offsets(layer)
         out[layer] = (local_BTC * factor_C + shift_C) % primes + layout.offsets(layer)
     return out
@@ -154,48 +165,20 @@ def arms(model: Model, ids_BT: Ints, seed: int) -> Iterator[tuple[str, Callable[
 
 
 class Scorer:
-    """Nats of a window under every arm. A memory on the final state alone needs the backbone only once."""
+    """Nats of a window under every arm."""
 
     def __init__(self, model: Model, seed: int) -> None:
         self.model, self.seed = model, seed
-        self.once = set(model.layout.layers) == {len(model.engram.blocks)}
-        self._checked = False
+        self.readout = Readout(model.engram)
 
     def __call__(self, ids_BT: Ints) -> dict[str, float]:
+        ids, found = torch.from_numpy(ids_BT), {}
         with torch.inference_mode():
-            return self._once(ids_BT) if self.once else self._each(ids_BT)
-
-    def _each(self, ids_BT: Ints) -> dict[str, float]:
-        ids = torch.from_numpy(ids_BT)
-        found = {}
-        for name, memory in arms(self.model, ids_BT, self.seed):
-            logits = self.model.engram.backbone(ids).logits if memory is None else self.model.engram(ids, memory())
-            found[name] = _nats(logits, ids)
+            base_TD = self.readout.base(ids)
+            for name, memory in arms(self.model, ids_BT, self.seed):
+                states_TD = base_TD if memory is None else self.readout.states(ids, memory(), base_TD)
+                found[name] = float(nats(self.readout, states_TD, ids).sum(dtype=torch.float64))
         return found
-
-    def _once(self, ids_BT: Ints) -> dict[str, float]:
-        engram = self.model.engram
-        layer = len(engram.blocks)
-        ids = torch.from_numpy(ids_BT)
-        state_BTD = engram.backbone.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        head = engram.backbone.get_output_embeddings()
-        if not self._checked:
-            self._checked = True
-            whole, short = engram.backbone(ids).logits, head(state_BTD)
-            if float((whole - short).abs().max()) > _SAME_LOGITS * float(whole.abs().max()):
-                self.once = False  # the head does more than one product (soft caps, scales): take the long way
-                return self._each(ids_BT)
-        found = {}
-        for name, memory in arms(self.model, ids_BT, self.seed):
-            added = 0 if memory is None else engram.gate(layer)(state_BTD, memory()[layer])[0]
-            found[name] = _nats(head(state_BTD + added), ids)
-        return found
-
-
-def _nats(logits_BTV: Tensor, ids_BT: Tensor) -> float:
-    """Sum of -log p of every token but the first of each window."""
-    flat = logits_BTV[:, :-1].flatten(0, 1).float()
-    return float(torch.nn.functional.cross_entropy(flat, ids_BT[:, 1:].flatten(), reduction="sum"))
 
 
 def _score_all(
@@ -213,8 +196,8 @@ def _score_all(
                 piece = ids[begin : begin + length]
                 window = np.concatenate([bos, piece])
                 if len(window) >= 2:
-                    for name, nats in score(window[None]).items():
-                        scores.nats[name] += nats
+                    for name, found in score(window[None]).items():
+                        scores.nats[name] += found
                     scores.tokens += len(window) - 1
                     scores.bytes += len(model.tokenizer.decode(window[1:].tolist(), skip_special_tokens=False).encode())
                 task.advance(len(piece))
@@ -226,14 +209,14 @@ def summary(scored: list[Scores], config: EvalConfig) -> dict[str, Any]:
     """Means over all tokens, and gains with intervals, from the sums of each document."""
     tokens_N = np.array([s.tokens for s in scored], dtype=np.float64)
     size = sum(s.bytes for s in scored)
-    nats = {name: np.array([s.nats[name] for s in scored]) for name in ARMS}
+    lost = {name: np.array([s.nats[name] for s in scored]) for name in ARMS}
     result: dict[str, Any] = {"tokens": int(tokens_N.sum()), "documents": len(scored), "bytes": size}
     for name in ARMS:
-        mean = float(nats[name].sum() / tokens_N.sum())
-        bits = float(nats[name].sum() / math.log(2) / max(1, size))
+        mean = float(lost[name].sum() / tokens_N.sum())
+        bits = float(lost[name].sum() / math.log(2) / max(1, size))
         result[name] = {"nll": mean, "ppl": math.exp(min(mean, 700.0)), "bpb": bits}
     for name, key in (("memory", "gain"), ("zero_table", "gain_zero_table"), ("shuffled_rows", "gain_shuffled_rows")):
-        gained_N = nats["backbone"] - nats[name]
+        gained_N = lost["backbone"] - lost[name]
         low, high = interval(gained_N, tokens_N, config.bootstrap, config.seed)
         result[key] = {"nll": float(gained_N.sum() / tokens_N.sum()), "ci95": [low, high]}
     return result

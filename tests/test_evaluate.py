@@ -86,9 +86,9 @@ def test_losses_are_those_of_the_full_forward_pass(
 def test_the_short_way_equals_the_long_way(final: Path) -> None:
     scorer = Scorer(Model.open(final), 0)
     ids = np.random.default_rng(1).integers(0, 299, size=(1, 40))
-    assert scorer.once
+    assert scorer.readout.once
     short = scorer(ids)
-    scorer.once = False
+    scorer.readout.once = False
     assert scorer(ids) == pytest.approx(short, rel=1e-5)
     assert len({round(v, 3) for v in short.values()}) == 4, "the four arms must differ on a random memory"
 
@@ -107,8 +107,11 @@ def test_a_head_that_does_more_is_noticed(final: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(backbone, "forward", capped)
     ids = np.random.default_rng(1).integers(0, 299, size=(1, 40))
     found = scorer(ids)
-    assert not scorer.once
-    assert found == pytest.approx(Scorer._each(scorer, ids), rel=1e-6)
+    assert scorer.readout.plain_head is False
+    with torch.inference_mode():
+        logits = model.engram(torch.from_numpy(ids), model.memory(model.layout.rows(ids)))[0, :-1]
+    lost = torch.nn.functional.cross_entropy(logits, torch.from_numpy(ids[0, 1:]), reduction="sum")
+    assert found["memory"] == pytest.approx(float(lost), rel=1e-6)
 
 
 def test_shuffling_permutes_within_every_head(final: Path) -> None:

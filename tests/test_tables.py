@@ -20,7 +20,8 @@ from engram.builders.checkpoint import CheckpointError, save_checkpoint
 from engram.builders.layout import Layout
 from engram.kernels.codecs import CODECS, CodecError, Floats
 from engram.quantize.mapped import MappedTable
-from engram.quantize.tables import QuantizeConfig, QuantizeError, RowErrors, quantize
+from engram.quantize.stream import RowErrors
+from engram.quantize.tables import QuantizeConfig, QuantizeError, quantize
 
 WIDTH = 8
 
@@ -105,12 +106,13 @@ def test_errors_of_zero_rows_and_of_blocks() -> None:
     rows = np.array([[0, 0], [3, 4], [0, 1], [10, 0]], dtype=np.float32)
     back = np.array([[0, 0], [3, 3], [0, 0.5], [10, 0]], dtype=np.float32)
     errors = RowErrors()
-    errors.add(rows[:1], back[:1])
-    errors.add(rows[1:], back[1:])
+    lost, whole = np.square(rows - back).sum(1, dtype=np.float64), np.square(rows).sum(1, dtype=np.float64)
+    errors.add(lost[:1], whole[:1])
+    errors.add(lost[1:], whole[1:])
     assert (errors.worst_row, errors.worst_row_error) == (2, 0.5)
     assert errors.rel_error == pytest.approx((1.25 / 126) ** 0.5)
     nothing = RowErrors()
-    nothing.add(rows[:1], back[:1])
+    nothing.add(lost[:1], whole[:1])
     assert (nothing.worst_row, nothing.rel_error) == (0, 0.0)
 
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "encode.h"
 #include "gate.h"
 #include "hash.h"
 #include "rows.h"
@@ -19,6 +20,7 @@ struct IsaTable {
     const RowTable* rows;
     HashRows hash_rows;
     RunGateStep gate_step;
+    const EncodeTable* encode;
 };
 IsaTable active_table();
 

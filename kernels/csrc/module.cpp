@@ -7,10 +7,12 @@ void bind_rows(nb::module_& m);   // bind_rows.cpp: gather, decode, copy, instru
 void bind_pages(nb::module_& m);  // bind_pages.cpp: rows of files
 void bind_ops(nb::module_& m);    // bind_ops.cpp: hash, scatter-add, checksums
 void bind_gate(nb::module_& m);   // bind_gate.cpp: the gate step of decoding
+void bind_encode(nb::module_& m); // bind_encode.cpp: encoding, and what it lost
 
 NB_MODULE(_C, m) {
     bind_rows(m);
     bind_pages(m);
     bind_ops(m);
     bind_gate(m);
+    bind_encode(m);
 }

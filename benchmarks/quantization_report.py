@@ -1,0 +1,176 @@
+"""From the study's figures to docs/quantization.md, its picture, and results/quantization.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from outcome import RESULTS, say
+
+from engram.builders.atomic import write_whole
+from engram.runtime import bench_report
+
+NAMES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270M"}
+DOMAINS = {"python": "Python documentation and source", "bible": "the King James Bible"}
+LEVELS = (0.999, 0.995, 0.97)
+
+
+def write(found: Mapping[str, Any], memories: Mapping[str, Any], page: Path) -> None:
+    """The page, its picture beside it, and the JSON."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": bench_report.machine(), "memories": dict(memories), "study": dict(found)}
+    bench_report.save_json(RESULTS / "quantization.json", content)
+    picture(found, page.with_suffix(".png"))
+    parts = [_head(found, memories, page.with_suffix(".png").name)]
+    parts += [_memory(name, found[name], memories[name]) for name in found]
+    write_whole(page, "\n\n".join(parts).encode() + b"\n")
+    say(f"wrote {page}, {page.with_suffix('.png')} and {RESULTS / 'quantization.json'}")
+
+
+def _head(found: Mapping[str, Any], memories: Mapping[str, Any], image: str) -> str:
+    rows = []
+    for name, study in found.items():
+        told, controls = memories[name], study["controls"]
+        text = controls["text"]
+        gain = text["backbone"] - text["float"]
+        low, high = told["gain"]["ci95"]
+        rows.append(
+            f"| {title(told)} | {sum(told['rows'].values()):,} rows of {told['settings']['head_dim']} "
+            f"| {text['tokens']:,} of {text['documents']} documents | {text['backbone']:.4f} "
+            f"| {text['float']:.4f} | {gain:.4f} | {low:.4f} to {high:.4f} ({told['eval_tokens']:,} tokens) "
+            f"| {controls['shuffled rows']['loss']:.4f} |"
+        )
+    return """# What tables in fewer bits cost
+
+Made by `python benchmarks/memories.py WORK && python benchmarks/quantization_study.py WORK`. Real backbones, memories
+made by this tool (`engram fill`, then `engram train`), text that neither tables nor training nor calibration have
+seen. Everything is computed in float32 with the rows that an artifact would hold, bit for bit; intervals are 95 %,
+from a bootstrap over documents. *Gain kept* is the share of the memory's gain over the backbone alone that is left;
+KL is the divergence of the next-token distribution from that of the float model, in nats. Figures of real but small
+models: they show the shape; for yours, run `engram quantize --gate`.
+
+| memory | tables | compared tokens | backbone alone | float memory | gain, nats | the same, more text | shuffled rows |
+|---|---|---|---|---|---|---|---|
+""" + "\n".join(rows) + f"""
+
+![share of the gain lost, and KL divergence, against bits a value]({image})
+
+## How few bits a memory tolerates
+
+{_tolerance(found, memories)}"""
+
+
+def title(told: Mapping[str, Any]) -> str:
+    """A memory's name for people."""
+    layers = ", ".join(map(str, told["settings"]["layers"]))
+    return f"{NAMES[told['settings']['backbone']]}, {DOMAINS[told['settings']['domain']]}, layer {layers}"
+
+
+def _tolerance(found: Mapping[str, Any], memories: Mapping[str, Any]) -> str:
+    lines = ["| memory | " + " | ".join(f"keeps {100 * level:g} %" for level in LEVELS) + " |"]
+    lines.append("|---" * (1 + len(LEVELS)) + "|")
+    for name, study in found.items():
+        cells = []
+        for level in LEVELS:
+            good = [
+                (figures["bits_per_value"], codec) for codec, figures in study["codecs"].items()
+                if figures["gain_kept"]["share"] >= level
+            ]  # fmt: skip
+            cells.append("{1}, {0:.2f} bits".format(*min(good)) if good else "none")
+        lines.append(f"| {title(memories[name])} | " + " | ".join(cells) + " |")
+    return "The smallest codec whose measured gain kept reaches a level:\n\n" + "\n".join(lines)
+
+
+def _memory(name: str, study: Mapping[str, Any], told: Mapping[str, Any]) -> str:
+    order = sorted(study["codecs"].items(), key=lambda item: (-item[1]["bits_per_value"], item[0]))
+    parts = [f"## {title(told)}", _table("codec", dict(order), True)]
+    controls = {key: value for key, value in study["controls"].items() if key != "text"}
+    parts += ["Controls:", _table("instead of the tables", controls, False)]
+    if "mixed" in study:
+        parts += [
+            "Mixed tables: every row has its codec, chosen by how often the text that made the memory reads it, and "
+            "how far the gate opens:", _table("plan", study["mixed"], True),
+            "\n".join(f"- {plan}: " + "; ".join(_classes(figures)) for plan, figures in study["mixed"].items()),
+        ]  # fmt: skip
+    if "grid" in study:
+        parts += ["Tables and backbone together, against float tables on the float backbone:", _grid(study)]
+    return "\n\n".join(parts)
+
+
+def _classes(figures: Mapping[str, Any]) -> list[str]:
+    return [
+        f"layer {layer}: " + ", ".join(f"{c['rows']:,} rows {c['codec'] or 'dropped'}" for c in classes)
+        for layer, classes in figures["classes"].items()
+    ]
+
+
+def _table(what: str, arms: Mapping[str, Any], sized: bool) -> str:
+    bits = "bits a value | gate-weighted row error | " if sized else ""
+    lines = [f"| {what} | {bits}change of loss, nats | gain kept | KL mean | KL p99 | top-1 the same |"]
+    lines.append("|---" * (8 if sized else 6) + "|")
+    for name, arm in arms.items():
+        low, high = arm["change"]["ci95"]
+        kept = arm["gain_kept"]
+        size = ""
+        if sized:
+            errors = "/".join(f"{100 * e:.2f} %" for e in arm["row_error"].values())
+            size = f"{arm['bits_per_value']:.2f} | {errors} | "
+        lines.append(
+            f"| {name} | {size}{arm['change']['nll']:+.6f} ({low:+.6f} to {high:+.6f}) | {100 * kept['share']:.2f} % "
+            f"({100 * kept['ci95'][0]:.2f} to {100 * kept['ci95'][1]:.2f}) | {arm['kl']['mean']:.2e} "
+            f"| {arm['kl']['p99']:.2e} | {100 * arm['top1']:.2f} % |"
+        )
+    return "\n".join(lines)
+
+
+def _grid(study: Mapping[str, Any]) -> str:
+    kinds = list(dict.fromkeys(name.split(" x ")[1] for name in study["grid"]))
+    tables = list(dict.fromkeys(name.split(" x ")[0] for name in study["grid"]))
+    lines = ["| tables | " + " | ".join(f"backbone {kind}: loss, nats (KL)" for kind in ("float", *kinds)) + " |"]
+    lines.append("|---" * (2 + len(kinds)) + "|")
+    text = study["controls"]["text"]
+    for codec in tables:
+        if codec == "f32":
+            cells = [f"{text['float']:.5f}"]
+        elif codec == "none":
+            cells = [f"{text['backbone']:.5f}"]
+        else:
+            cells = [f"{study['codecs'][codec]['loss']:.5f} ({study['codecs'][codec]['kl']['mean']:.1e})"]
+        for kind in kinds:
+            arm = study["grid"][f"{codec} x {kind}"]
+            cells.append(f"{arm['loss']:.5f} ({arm['kl']['mean']:.1e})")
+        lines.append(f"| {'no memory' if codec == 'none' else codec} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def picture(found: Mapping[str, Any], path: Path) -> None:
+    """Share of the gain lost and KL, against bits a value, one mark a codec."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    colours = ["#1b5e9e", "#d1495b", "#2a9d5c", "#8a5fbf", "#c78a00"]
+    for colour, (name, study) in zip(colours, found.items(), strict=False):
+        for group, mark in (("codecs", "o"), ("mixed", "D")):
+            for label, arm in study.get(group, {}).items():
+                kept = arm["gain_kept"]
+                lost = max(1e-6, 1 - kept["share"])
+                ends = [max(1e-6, 1 - kept["ci95"][1]), max(1e-6, 1 - kept["ci95"][0])]
+                bits = arm["bits_per_value"]
+                left.plot([bits, bits], ends, color=colour, alpha=0.35, linewidth=1)
+                left.plot(bits, lost, mark, color=colour, markersize=4)
+                right.plot(bits, arm["kl"]["mean"], mark, color=colour, markersize=4)
+                if group == "codecs" and name == next(iter(found)):
+                    place = {"xytext": (3, 3), "textcoords": "offset points"}
+                    right.annotate(label, (bits, arm["kl"]["mean"]), fontsize=7, **place)
+        left.plot([], [], "o", color=colour, label=name)
+    for axis, words in ((left, "share of the memory's gain lost"), (right, "KL divergence from the float model, nats")):
+        axis.set(xscale="log", yscale="log", xlabel="bits a value (diamonds: mixed tables)", ylabel=words)
+        axis.set_xticks([2, 3, 4, 6, 8, 16], ["2", "3", "4", "6", "8", "16"])
+        axis.grid(True, which="major", alpha=0.3)
+    left.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,310 @@
+// Row encoders, compiled once per instruction set: plain loops over groups of 32 that the compiler turns into vectors.
+// Every operation is exact or one correctly rounded fp32 operation, as in kernels/codecs.py.
+#include <cstring>
+
+#include "../encode.h"
+#include "../isa_tables.h"
+#include "../simd.h"
+
+namespace engram::ENGRAM_ISA {
+namespace {
+
+constexpr int GROUP = 32;
+constexpr uint32_t SIGN = 0x80000000u, MAGNITUDE = 0x7FFFFFFFu, INFINITE = 0x7F800000u;
+
+inline uint32_t bits_at(const float* x) { uint32_t b; memcpy(&b, x, 4); return b; }
+inline float size_of(float x) { return bits_to_float(float_to_bits(x) & MAGNITUDE); }
+
+// Bits of the largest |x| of n; INFINITE or more where a value is not finite.
+inline uint32_t largest_bits(const float* x, int64_t n) {
+    int32_t most = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t size = int32_t(bits_at(x + i) & MAGNITUDE);
+        most = size > most ? size : most;
+    }
+    return uint32_t(most);
+}
+
+// To nearest, ties to even; false for what becomes infinite (and nothing else: NaN is refused before).
+inline bool put_half(float x, uint8_t* out) {
+#if defined(__F16C__)
+    const uint16_t half = uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    const uint32_t bits = float_to_bits(x), size = bits & MAGNITUDE;
+    uint32_t rounded;
+    if (size >= 0x477FF000u) rounded = 0x7C00u;                      // 65520 and more
+    else if (size < 0x38800000u)                                     // below 2^-14: steps of 2^-24
+        rounded = float_to_bits(bits_to_float(size) + 0.5f) - 0x3F000000u;
+    else rounded = (size - 0x38000000u + 0xFFFu + ((size >> 13) & 1u)) >> 13;
+    const uint16_t half = uint16_t(rounded | (bits >> 16 & 0x8000u));
+#endif
+    memcpy(out, &half, 2);
+    return (half & 0x7C00u) != 0x7C00u;
+}
+
+inline float finite_reciprocal(float scale) {
+    const float inverse = 1.0f / scale;
+    return (float_to_bits(inverse) & MAGNITUDE) < INFINITE ? inverse : 0.0f;
+}
+
+// The nearest entry of a book: how many middles between its entries lie below x. The middles are rounded down to fp32:
+// x is above the exact middle where it is above that.
+using I = int32_t __attribute__((vector_size(4 * W)));
+inline void count_below(const float* middles, const float* q, int32_t* codes) {
+    for (int i = 0; i < GROUP; i += W) {
+        V x;
+        memcpy(&x, q + i, sizeof x);
+        I code = {};
+        for (int j = 0; j < 15; ++j) code -= I(x > set1(middles[j]));  // true is -1
+        memcpy(codes + i, &code, sizeof code);
+    }
+}
+
+// 32 codes to 16 bytes; of a group of n: n / 2.
+inline void put_nibbles(const int32_t* codes, int64_t n, uint8_t* out) {
+    if (n == GROUP)
+        for (int i = 0; i < GROUP / 2; ++i) out[i] = uint8_t(codes[i] | codes[i + GROUP / 2] << 4);
+    else
+        for (int64_t i = 0; i < n / 2; ++i) out[i] = uint8_t(codes[i] | codes[i + n / 2] << 4);
+}
+
+// f(values, first, n) for each group; the last one is filled up with zeros.
+template <class F> inline bool each_group(const float* x, int64_t D, F f) {
+    bool good = true;
+    int64_t g = 0;
+    for (; g + GROUP <= D; g += GROUP) good &= f(x + g, g, int64_t(GROUP));
+    if (g < D) {
+        float last[GROUP] = {};
+        memcpy(last, x + g, size_t(D - g) * 4);
+        good &= f(last, g, D - g);
+    }
+    return good;
+}
+
+// max|x| / 127 and the steps x * (1 / scale), rounded half away from zero.
+inline bool int8_group(const float* x, int8_t* steps, uint8_t* scale_out) {
+    const uint32_t most = largest_bits(x, GROUP);
+    const float scale = bits_to_float(most) / 127.0f, inverse = finite_reciprocal(scale);
+    for (int i = 0; i < GROUP; ++i) {
+        const float q = x[i] * inverse;
+        // The largest number below one half, with q's sign: adding it and cutting rounds half away from zero.
+        steps[i] = int8_t(int32_t(q + bits_to_float(0x3EFFFFFFu | (float_to_bits(q) & SIGN))));
+    }
+    return put_half(scale, scale_out) & (most < INFINITE);
+}
+
+// The value of largest magnitude, the first of equals; `most` takes its bits without the sign.
+inline float largest_value(const float* x, uint32_t& most) {
+    int32_t above = 0, below = 0;
+    for (int i = 0; i < GROUP; ++i) {
+        const int32_t bits = int32_t(bits_at(x + i)), size = bits & int32_t(MAGNITUDE), negative = bits >> 31;
+        const int32_t up = size & ~negative, down = size & negative;
+        above = up > above ? up : above;
+        below = down > below ? down : below;
+    }
+    most = uint32_t(above > below ? above : below);
+    if (above != below) return bits_to_float(above > below ? most : most | SIGN);
+    int i = 0;
+    while ((bits_at(x + i) & MAGNITUDE) != most) ++i;
+    return x[i];
+}
+
+struct Float32 {
+    static bool row(const float* x, int64_t D, uint8_t* out) {
+        memcpy(out, x, size_t(D) * 4);
+        return largest_bits(x, D) < INFINITE;
+    }
+};
+struct BFloat16 {
+    static bool row(const float* x, int64_t D, uint8_t* out) {
+        for (int64_t i = 0; i < D; ++i) {
+            const uint32_t bits = bits_at(x + i), rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+            const uint32_t most = (bits >> 16 & 0x8000u) | 0x7F7Fu;
+            const uint16_t half = uint16_t((rounded & 0x7FFFu) == 0x7F80u ? most : rounded);
+            memcpy(out + 2 * i, &half, 2);
+        }
+        return largest_bits(x, D) < INFINITE;
+    }
+};
+struct Int8Row {
+    static bool row(const float* x, int64_t D, uint8_t* out) {
+        const uint32_t most = largest_bits(x, D);
+        float scale = bits_to_float(most) / 127.0f;
+        if ((float_to_bits(scale * 127.0f) & MAGNITUDE) >= INFINITE) scale = bits_to_float(float_to_bits(scale) - 1);
+        memcpy(out + D, &scale, 4);
+        if (scale == 0.0f || most >= INFINITE) {
+            memset(out, 0, size_t(D));
+            return most < INFINITE;
+        }
+        for (int64_t i = 0; i < D; ++i) {
+            // 1.5 * 2^23: what is added to it is rounded to whole numbers, half to even. Only where the scale is
+            // subnormal can |x| / scale pass 127, up to 190.
+            int32_t step = int32_t(float_to_bits(x[i] / scale + 12582912.0f) - 0x4B400000u);
+            step = step < -127 ? -127 : step;
+            out[i] = uint8_t(step > 127 ? 127 : step);
+        }
+        return true;
+    }
+};
+struct Int8 {
+    static bool row(const float* x, int64_t D, uint8_t* out) {
+        return each_group(x, D, [&](const float* v, int64_t g, int64_t n) {
+            int8_t steps[GROUP];
+            const bool good = int8_group(v, steps, out + D + g / GROUP * 2);
+            memcpy(out + g, steps, n == GROUP ? GROUP : size_t(n));
+            return good;
+        });
+    }
+};
+struct GgufQ8 {
+    static bool row(const float* x, int64_t D, uint8_t* out) {
+        return each_group(x, D, [&](const float* v, int64_t g, int64_t) {
+            uint8_t* block = out + g / GROUP * 34;
+            return int8_group(v, reinterpret_cast<int8_t*>(block + 2), block);
+        });
+    }
+};
+
+// Middles of the NF4 book's neighbours in exact arithmetic, rounded down to fp32; tests/test_encode.py works them out.
+constexpr float NF4_MIDDLES[15] = {
+    -0.84809643f, -0.610632956f, -0.45999527f, -0.33967945f, -0.234607413f,
+    -0.137911737f, -0.0455250181f, 0.0397901498f, 0.120255247f, 0.203521252f,
+    0.292013764f, 0.389312536f, 0.501663387f, 0.64278692f, 0.861478388f};
+constexpr float IQ4_MIDDLES[15] = {-115.5f, -93.5f, -74.0f, -57.0f, -42.0f, -28.5f, -16.0f, -4.5f,
+                                   7.0f,    19.0f,  31.5f,  45.5f,  61.0f,  79.0f,  101.0f};
+
+struct Nf4 {
+    static bool row(const float* x, int64_t D, uint8_t* out) {
+        return each_group(x, D, [&](const float* v, int64_t g, int64_t n) {
+            const uint32_t most = largest_bits(v, GROUP);
+            uint8_t* stored = out + D / 2 + g / GROUP * 2;
+            if (!(put_half(bits_to_float(most), stored) & (most < INFINITE))) return false;
+            const float scale = half_scale(stored);
+            const float divisor = scale != 0.0f ? scale : bits_to_float(INFINITE);  // x / infinity is zero
+            float q[GROUP];
+            for (int i = 0; i < GROUP; ++i) q[i] = v[i] / divisor;
+            int32_t codes[GROUP];
+            count_below(NF4_MIDDLES, q, codes);
+            put_nibbles(codes, n, out + g / 2);
+            return true;
+        });
+    }
+};
+struct GgufQ4 {
+    static bool row(const float* x, int64_t D, uint8_t* out) {
+        return each_group(x, D, [&](const float* v, int64_t g, int64_t) {
+            uint32_t most;
+            const float scale = largest_value(v, most) / -8.0f, inverse = finite_reciprocal(scale);
+            uint8_t* block = out + g / GROUP * 18;
+            int32_t codes[GROUP];
+            for (int i = 0; i < GROUP; ++i) {
+                const int32_t code = int32_t(v[i] * inverse + 8.5f);
+                codes[i] = code < 15 ? code : 15;
+            }
+            put_nibbles(codes, GROUP, block + 2);
+            return put_half(scale, block) & (most < INFINITE);
+        });
+    }
+};
+struct GgufIq4 {
+    static bool row(const float* x, int64_t D, uint8_t* out) {
+        return each_group(x, D, [&](const float* v, int64_t g, int64_t) {
+            uint32_t most;
+            const float scale = largest_value(v, most) / -127.0f, inverse = finite_reciprocal(scale);
+            uint8_t* block = out + g / GROUP * 18;
+            float q[GROUP];
+            for (int i = 0; i < GROUP; ++i) q[i] = v[i] * inverse;
+            int32_t codes[GROUP];
+            count_below(IQ4_MIDDLES, q, codes);
+            put_nibbles(codes, GROUP, block + 2);
+            return put_half(scale, block) & (most < INFINITE);
+        });
+    }
+};
+
+// v, held within the bound (at most 448, given as bits), to e4m3fn, ties to even: a normal number by cutting its fraction to 3 bits, below 2^-6 in steps of 2^-9.
+inline uint8_t e4m3_code(float v, int32_t bound) {
+    const uint32_t bits = float_to_bits(v);
+    const int32_t whole = int32_t(bits & MAGNITUDE);
+    const uint32_t size = uint32_t(whole < bound ? whole : bound);
+    const uint32_t normal = ((size + 0x7FFFFu + ((size >> 20) & 1u)) >> 20) - (120u << 3);
+    const uint32_t tiny = float_to_bits(bits_to_float(size) + 16384.0f) - 0x46800000u;
+    return uint8_t((size < 0x3C800000u ? tiny : normal) | (bits >> 24 & 0x80u));
+}
+struct Fp8E8m0 {
+    static bool row(const float* x, int64_t D, uint8_t* out) {
+        return each_group(x, D, [&](const float* v, int64_t g, int64_t n) {
+            const uint32_t most = largest_bits(v, GROUP);
+            // The smallest power with most / 2^power <= 448 = 1.75 * 2^8; subnormal numbers are far below 448 * 2^-127.
+            const int32_t exponent = int32_t(most >> 23) - 127;
+            int32_t power = exponent - 8 + ((most & 0x7FFFFFu) > 0x600000u ? 1 : 0);
+            if (power < -127) power = -127;
+            const float inverse = bits_to_float(uint32_t(127 - power) << 23);
+            const int32_t bound = power == 120 ? 0x43700000 : 0x43E00000;  // 240 (256 * 2^120 is infinite) or 448
+            uint8_t codes[GROUP];  // the product is exact, or so small that the code is zero
+            for (int i = 0; i < GROUP; ++i) codes[i] = e4m3_code(v[i] * inverse, bound);
+            memcpy(out + g, codes, n == GROUP ? GROUP : size_t(n));
+            out[D + g / GROUP] = uint8_t(power + 127);
+            return most < INFINITE;
+        });
+    }
+};
+
+template <class C>
+bool encoder(int64_t bytes, int64_t D, const float* rows, int64_t pitch, int64_t n, uint8_t* out) {
+    bool good = true;
+    for (int64_t r = 0; r < n; ++r) good &= C::row(rows + r * pitch, D, out + r * bytes);
+    return good;
+}
+
+constexpr int LANES = 16, HALF = W / 2, PARTS = LANES / HALF;
+using Few = float __attribute__((vector_size(4 * HALF)));
+using Doubles = double __attribute__((vector_size(8 * HALF)));
+
+struct Sums {
+    Doubles lost[PARTS] = {}, whole[PARTS] = {};
+
+    void add(const float* x, const float* y) {
+        for (int p = 0; p < PARTS; ++p) {
+            Few value, back;
+            memcpy(&value, x + p * HALF, sizeof value);
+            memcpy(&back, y + p * HALF, sizeof back);
+            const Doubles wide = __builtin_convertvector(value, Doubles);
+            const Doubles difference = __builtin_convertvector(back - value, Doubles);
+            lost[p] += difference * difference;
+            whole[p] += wide * wide;
+        }
+    }
+    static double folded(const Doubles* parts) {
+        double sums[LANES];
+        memcpy(sums, parts, sizeof sums);
+        for (int half = LANES / 2; half; half /= 2)
+            for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+        return sums[0];
+    }
+};
+void sum_errors(int64_t D, const float* rows, int64_t pitch, const float* back, int64_t n, double* lost, double* whole) {
+    for (int64_t r = 0; r < n; ++r) {
+        const float *x = rows + r * pitch, *y = back + r * D;
+        Sums sums;
+        int64_t d = 0;
+        for (; d + LANES <= D; d += LANES) sums.add(x + d, y + d);
+        if (d < D) {
+            float last[2][LANES] = {};
+            memcpy(last[0], x + d, size_t(D - d) * 4);
+            memcpy(last[1], y + d, size_t(D - d) * 4);
+            sums.add(last[0], last[1]);
+        }
+        lost[r] = Sums::folded(sums.lost), whole[r] = Sums::folded(sums.whole);
+    }
+}
+
+}  // namespace
+
+extern const EncodeTable encode_table;
+const EncodeTable encode_table = {
+    {encoder<Float32>, encoder<BFloat16>, encoder<Int8Row>, encoder<Int8>, encoder<Nf4>, encoder<Fp8E8m0>,
+     encoder<GgufQ8>, encoder<GgufQ4>, encoder<GgufIq4>},
+    sum_errors};
+
+}  // namespace engram::ENGRAM_ISA

@@ -1,0 +1,223 @@
+"""`--tables auto`: the cheapest assignment of codecs to rows, heads and tables under a bound of bytes or of loss.
+
+What rounding costs is taken as quadratic: a row costs weight * head * |x|^2 * e^2, where e is the codec's relative
+error and `head` says how strongly the head's values reach the residual stream. For a price per byte every row then has
+its best codec. Only the price is searched, and each plan that is tried for a loss is measured, not predicted.
+
+Shape letters: C columns, D row width, U distinct rows, K codecs, H hidden width, E = C * D.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram import EngramError, Progress
+from engram.builders.layout import Layout
+from engram.kernels.codecs import CodecError, find_codec
+from engram.quantize.plan import MOST_CLASSES, TablePlan
+from engram.runtime.calibrate import RowWeights
+from engram.runtime.row_sources import FloatTables, through_codec
+
+CANDIDATES = ("bf16", "int8", "int8-row", "nf4", "q4_0", "h4", "h3", "h2")
+_SAMPLE = 4096  # rows on which a codec's error is measured
+_STEPS = 12  # bisections of the price; each measured one costs a pass over the text
+_MEASURED_STEPS = 7
+
+
+class SearchError(EngramError):
+    """A bound that no assignment meets."""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """One layer, as the search sees it."""
+
+    layer: int
+    rows_U: NDArray[np.int64]
+    cost_U: NDArray[np.float64]  # of a relative error of 1
+    column_U: NDArray[np.int64]
+    unseen_C: NDArray[np.float64]  # the same of one unseen row of each head
+    codecs: tuple[str, ...]  # finest first
+    bytes_K: NDArray[np.float64]
+    error_K: NDArray[np.float64]  # squared
+
+
+def plans_for(tables: Sequence[_Table], price: float, layout: Layout, drop_unseen: bool) -> dict[int, TablePlan]:
+    """The best codec of every row when a byte costs `price`."""
+    found = {}
+    for table in tables:
+        best_U = (table.cost_U[:, None] * table.error_K + price * table.bytes_K).argmin(1)
+        best_C = (table.unseen_C[:, None] * table.error_K + price * table.bytes_K).argmin(1)
+        codecs: list[str | None] = list(table.codecs)
+        if drop_unseen:
+            codecs.append(None)
+            best_C = np.full(layout.columns, len(codecs) - 1)
+        own_U = best_C[table.column_U]
+        listed = {k: table.rows_U[(best_U == k) & (own_U != k)] for k in range(len(table.codecs))}
+        found[table.layer] = _compact(codecs, best_C, {k: rows for k, rows in listed.items() if len(rows)})
+    return found
+
+
+def _compact(codecs: Sequence[str | None], heads_C: Any, listed: Mapping[int, Any]) -> TablePlan:
+    """The plan without classes that nothing has."""
+    used = sorted({*map(int, heads_C), *listed})
+    number = {old: new for new, old in enumerate(used)}
+    return TablePlan(
+        tuple(codecs[k] for k in used), tuple(number[int(k)] for k in heads_C),
+        {number[k]: rows for k, rows in listed.items()},
+    )  # fmt: skip
+
+
+def look_at(
+    source: FloatTables, layout: Layout, weights: Mapping[int, RowWeights], values: Mapping[int, NDArray[np.float32]],
+    *, keep: int = MOST_CLASSES, candidates: Sequence[str] = CANDIDATES,
+) -> list[_Table]:  # fmt: skip
+    """What the search needs of every table. `values`: each layer's value projection [H, E]."""
+    found = []
+    for layer in layout.layers:
+        weight = weights[layer]
+        width = layout.head_dim
+        reach_C = np.square(values[layer].astype(np.float64)).sum(0).reshape(layout.columns, width).mean(1)
+        norm_U = np.concatenate([
+            np.square(source.rows(layer, weight.rows_U[i : i + (1 << 16)]).astype(np.float64)).sum(1)
+            for i in range(0, len(weight.rows_U), 1 << 16)
+        ])  # fmt: skip
+        column_U = np.searchsorted(layout.offsets(layer), weight.rows_U, side="right") - 1
+        generator = np.random.default_rng(layer)
+        drawn = generator.integers(0, layout.table_rows[layer], size=_SAMPLE)
+        typical = float(np.square(source.rows(layer, np.unique(drawn)).astype(np.float64)).sum(1).mean())
+        unseen = weight.unseen_weight(layout.table_rows[layer])
+        heavy = weight.weight_U * norm_U
+        chance = heavy / heavy.sum() if heavy.sum() else None
+        sample = np.unique(generator.choice(weight.rows_U, size=min(_SAMPLE, len(weight.rows_U)), p=chance))
+        names, size_K, error_K = _errors(source.rows(layer, sample), layer, candidates)
+        hull = _hull(size_K, error_K, keep)
+        found.append(_Table(
+            layer, weight.rows_U, heavy * reach_C[column_U], column_U, unseen * typical * reach_C,
+            tuple(names[k] for k in hull), size_K[hull], error_K[hull],
+        ))  # fmt: skip
+    return found
+
+
+def _errors(rows_UD: Any, layer: int, candidates: Sequence[str]) -> tuple[list[str], Any, Any]:
+    """Codecs that the width allows, their bytes a row, and their squared relative error on these rows."""
+    names, sizes, errors = [], [], []
+    whole = float(np.square(rows_UD.astype(np.float64)).sum())
+    for name in candidates:
+        try:
+            size = find_codec(name).row_bytes(rows_UD.shape[1])
+            made_UD = through_codec(name, rows_UD, layer)
+        except CodecError:
+            continue
+        names.append(name)
+        sizes.append(float(4096 / (4096 // size)))  # with the page's unused end
+        errors.append(float(np.square(made_UD - rows_UD.astype(np.float64)).sum()) / whole if whole else 0.0)
+    return names, np.array(sizes), np.array(errors)
+
+
+def _hull(size_K: Any, error_K: Any, keep: int) -> list[int]:
+    """The codecs that are best at some price, largest first: the lower convex hull; at most `keep` of them.
+
+    Where there are more, those go that save least, the largest and the smallest last.
+    """
+    hull: list[int] = []
+    for k in sorted(range(len(size_K)), key=lambda k: (size_K[k], error_K[k])):
+        while hull and error_K[k] >= error_K[hull[-1]] and size_K[k] >= size_K[hull[-1]]:
+            break
+        else:
+            while len(hull) > 1 and _above(size_K, error_K, hull[-2], hull[-1], k):
+                hull.pop()
+            hull.append(k)
+    while len(hull) > keep:
+        gains = [
+            math.log(_between(size_K, error_K, hull[i - 1], hull[i + 1], hull[i]) / max(error_K[hull[i]], 1e-300))
+            for i in range(1, len(hull) - 1)
+        ]
+        hull.pop(1 + int(np.argmin(gains)))
+    return hull[::-1]
+
+
+def _between(size_K: Any, error_K: Any, small: int, large: int, k: int) -> float:
+    """Error on the line between two codecs at the size of a third."""
+    share = (size_K[k] - size_K[small]) / (size_K[large] - size_K[small])
+    return float(error_K[small] + share * (error_K[large] - error_K[small]))
+
+
+def _above(size_K: Any, error_K: Any, small: int, middle: int, large: int) -> bool:
+    return bool(error_K[middle] >= _between(size_K, error_K, small, large, middle))
+
+
+def total_bytes(plans: Mapping[int, TablePlan], layout: Layout) -> int:
+    """Of all tables."""
+    return sum(plan.bytes(layout, layer) for layer, plan in plans.items())
+
+
+def within_bytes(
+    tables: Sequence[_Table], layout: Layout, budget: int, drop_unseen: bool
+) -> dict[int, TablePlan]:
+    """The best plans of at most `budget` bytes; SearchError where even the coarsest are larger."""
+    low, high = _prices(tables)
+    coarsest = plans_for(tables, high, layout, drop_unseen)
+    if total_bytes(coarsest, layout) > budget:
+        raise SearchError(
+            f"the tables take at least {total_bytes(coarsest, layout):,} bytes, the budget is {budget:,}",
+            hint="raise --budget, or allow --drop-unseen",
+        )
+    if total_bytes(plans_for(tables, low, layout, drop_unseen), layout) <= budget:
+        return plans_for(tables, low, layout, drop_unseen)
+    for _ in range(4 * _STEPS):
+        middle = math.sqrt(low * high)
+        if total_bytes(plans_for(tables, middle, layout, drop_unseen), layout) > budget:
+            low = middle
+        else:
+            high = middle
+    return plans_for(tables, high, layout, drop_unseen)
+
+
+def within_loss(
+    tables: Sequence[_Table], layout: Layout, drop_unseen: bool, passes: Callable[[Mapping[int, TablePlan]], bool],
+    progress: Progress,
+) -> dict[int, TablePlan]:  # fmt: skip
+    """The smallest plans that `passes` says are good enough; SearchError where even the finest are not."""
+    low, high = _prices(tables)
+    coarsest = plans_for(tables, high, layout, drop_unseen)
+    if passes(coarsest):
+        return coarsest
+    best = plans_for(tables, low, layout, drop_unseen)
+    if not passes(best):
+        raise SearchError(
+            "even the finest codecs lose more than --max-loss on the calibration text", hint="raise --max-loss"
+        )
+    with progress.task("search", _MEASURED_STEPS) as task:
+        for _ in range(_MEASURED_STEPS):
+            middle = math.sqrt(low * high)
+            plans = plans_for(tables, middle, layout, drop_unseen)
+            if passes(plans):
+                low, best = middle, plans
+            else:
+                high = middle
+            task.advance(1)
+    return best
+
+
+def _prices(tables: Sequence[_Table]) -> tuple[float, float]:
+    """Prices at which every row has the finest codec, and the coarsest."""
+    costs = np.concatenate([np.append(table.cost_U, table.unseen_C) for table in tables])
+    positive = costs[costs > 0]
+    if not len(positive):
+        return 1e-12, 1.0
+    lowest, highest = float(positive.min()), float(positive.max())
+    steps = []
+    for table in tables:
+        for fine, coarse in zip(range(len(table.codecs) - 1), range(1, len(table.codecs)), strict=True):
+            saved = table.bytes_K[fine] - table.bytes_K[coarse]
+            steps.append((table.error_K[coarse] - table.error_K[fine]) / saved)
+    if not steps:
+        return 1e-12, 1.0
+    return max(lowest * min(steps) / 2, 1e-300), highest * max(steps) * 2

@@ -1,0 +1,96 @@
+"""What `engram quantize` is asked to do, checked before anything is read. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engram import EngramError
+from engram.builders.corpus import CorpusConfig
+from engram.kernels.codecs import find_codec
+from engram.quantize.tables import QuantizeError
+
+AUTO = "auto"
+
+
+class QualityError(EngramError):
+    """A bound or a text that nothing can be judged by."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The most that the loss may grow: nats a token, or a share of the float model's loss."""
+
+    value: float
+    relative: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Bound:
+        """"0.5%" or "0.002" (nats a token); QualityError for anything else."""
+        try:
+            value = float(text.removesuffix("%"))
+        except ValueError:
+            value = float("nan")
+        if not 0 <= value < float("inf"):
+            raise QualityError(
+                f"--max-loss {text!r} is neither nats a token nor a percentage",
+                hint="write 0.002 (nats a token) or 0.5% (of the float model's loss)",
+            )
+        return cls(value / 100, True) if text.endswith("%") else cls(value)
+
+    def nats(self, loss: float) -> float:
+        """The bound in nats a token for a model of this loss."""
+        return self.value * loss if self.relative else self.value
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:g}%" if self.relative else f"{self.value:g} nats"
+
+
+@dataclass(frozen=True)
+class QuantizeRun:
+    """What to do; see `engram quantize --help` for each field.
+
+    `frequent` is a codec and the share of the seen rows that get it. `search_tokens` of the calibration text are what
+    `auto` measures its plans on.
+    """
+
+    checkpoint: Path
+    out: Path
+    tables: str = "int8"
+    calibrate: CorpusConfig | None = None
+    frequent: tuple[str, float] | None = None
+    unseen: str | None = None
+    drop_unseen: bool = False
+    budget: int | None = None
+    max_loss: Bound | None = None
+    gate: CorpusConfig | None = None
+    gate_tokens: int = 16_384
+    search_tokens: int = 8_192
+    seed: int = 0
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself, before anything is read."""
+        if self.tables != AUTO:
+            find_codec(self.tables)
+        for codec in (self.frequent[0] if self.frequent else None, self.unseen):
+            if codec is not None:
+                find_codec(codec)
+        wants_text = self.tables == AUTO or self.frequent or self.unseen or self.drop_unseen
+        rules = [
+            (wants_text and self.calibrate is None, "how often rows are read is known only from a text",
+             "give --calibrate TEXT"),
+            (self.calibrate is not None and not wants_text, "--calibrate is given, but nothing uses it",
+             "add --tables auto, --frequent, --unseen or --drop-unseen"),
+            (self.unseen is not None and self.drop_unseen, "--unseen and --drop-unseen contradict one another", ""),
+            (self.tables == AUTO and (self.frequent or self.unseen), "--tables auto chooses codecs for all rows itself",
+             "leave --frequent and --unseen out"),
+            (self.tables == AUTO and self.budget is None and self.max_loss is None, "--tables auto needs a bound",
+             "give --budget 2GB or --max-loss 0.5%"),
+            (self.tables != AUTO and self.budget is not None, "--budget is for --tables auto", ""),
+            (self.tables != AUTO and self.max_loss is not None and self.gate is None,
+             "--max-loss needs a text to measure the loss on", "give --gate TEXT"),
+        ]  # fmt: skip
+        for broken, message, hint in rules:
+            if broken:
+                raise QuantizeError(message, hint=hint)

@@ -1,0 +1,198 @@
+"""The judge's figures against forward passes by hand, the controls, and what is written against what was planned."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from engram import Progress
+from engram.builders.checkpoint import Checkpoint, open_checkpoint
+from engram.builders.corpus import CorpusConfig
+from engram.quantize.package import ExportConfig, export_package, open_source
+from engram.quantize.plan import TablePlan
+from engram.quantize.tables import QuantizeConfig, quantize
+from engram.runtime.engine import Model
+from engram.runtime.quality import Judge, Window, bootstrap, continuations, shuffled_rows, zero_rows
+from engram.runtime.quality_gate import QualityConfig, float_model, judge_quantized, settle
+from engram.runtime.quantize_config import Bound, QualityError
+from engram.runtime.row_sources import FloatTables, PlannedRows, StoredRows
+
+WORDS = "memory table rows disk read numbers model the of a has are from their by and is".split()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module", params=[(3,), (1, 3)], ids=["final", "early"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("model"), layers=request.param)
+
+
+def windows(count: int = 5, length: int = 30) -> list[Window]:
+    generator = np.random.default_rng(3)
+    return [Window(i // 2, generator.integers(2, 290, size=length + i), 1 + i % 3) for i in range(count)]
+
+
+def judged(checkpoint: Checkpoint) -> tuple[Judge, FloatTables]:
+    rows = FloatTables(checkpoint)
+    return Judge(float_model(checkpoint), rows, windows(), Progress()), rows
+
+
+def by_hand(model: Model, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p of all tokens at the compared positions, and the tokens."""
+    ids = torch.from_numpy(window.ids_T[None])
+    with torch.inference_mode():
+        logits = model.engram(ids, model.memory(model.layout.rows(window.ids_T[None])))[0]
+    return logits[window.first - 1 : -1].log_softmax(-1), ids[0, window.first :]
+
+
+def test_every_figure_equals_a_forward_pass_by_hand(made: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(made)
+    judge, _ = judged(checkpoint)
+    quantize(QuantizeConfig(made, tmp_path / "q4", tables="nf4"))
+    export_package(ExportConfig(made, tmp_path / "float"))
+    export_package(ExportConfig(tmp_path / "q4", tmp_path / "small"))
+    before, after = Model.open(tmp_path / "float"), Model.open(tmp_path / "small")
+    nats, kl, same = [], [], []
+    for window in windows():
+        (float_TV, ids_T), (own_TV, _) = by_hand(before, window), by_hand(after, window)
+        nats.append(-own_TV.gather(1, ids_T[:, None])[:, 0])
+        kl.append((float_TV.exp() * (float_TV - own_TV)).sum(1))
+        same.append(float_TV.argmax(1) == own_TV.argmax(1))
+    with open_source(tmp_path / "q4") as (_, _, tables):
+        assert tables is not None
+        measured = judge.measure(StoredRows(tables))
+    assert np.allclose(measured.nats_N, torch.cat(nats).numpy(), atol=2e-5)
+    assert np.allclose(measured.kl_N, torch.cat(kl).numpy(), atol=2e-6)
+    assert np.array_equal(measured.same_N, torch.cat(same).numpy())
+    assert 0 < measured.kl_N.mean() and not measured.same_N.all(), "or nothing was compared"
+    change = judge.change(measured, 0)
+    assert change["nll"] == pytest.approx(measured.nats_N.mean() - judge.float.nats_N.mean(), abs=1e-12)
+    assert change["ci95"][0] <= change["nll"] <= change["ci95"][1]
+    for model in (before, after):
+        model.close()
+
+
+def test_planned_rows_are_the_written_ones_bit_for_bit(made: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(made)
+    judge, rows = judged(checkpoint)
+    plans = {n: TablePlan.uniform("nf4", checkpoint.layout) for n in checkpoint.layout.layers}
+    planned = PlannedRows(rows, checkpoint.layout, plans)
+    quantize(QuantizeConfig(made, tmp_path / "q4", tables="nf4"))
+    with open_source(tmp_path / "q4") as (_, _, tables):
+        assert tables is not None
+        stored = StoredRows(tables)
+        for window in windows():
+            for n, wanted in checkpoint.layout.rows(window.ids_T[None]).items():
+                assert np.array_equal(planned(n, wanted), stored(n, wanted))
+        assert judge.row_errors(planned) == judge.row_errors(stored)
+
+
+def test_the_float_rows_cost_nothing_and_the_controls_cost_what_they_must(made: Path) -> None:
+    checkpoint = open_checkpoint(made)
+    judge, rows = judged(checkpoint)
+    same = judge.measure(rows)
+    assert judge.change(same, 0)["nll"] == pytest.approx(0, abs=1e-7)
+    assert judge.divergence(same, 0)["kl"]["max"] < 1e-6 and judge.divergence(same, 0)["top1"] == 1
+    assert judge.gain_kept(same, 0)["share"] == pytest.approx(1, abs=1e-5)
+    assert set(judge.row_errors(rows).values()) == {0.0}
+    assert set(judge.row_errors(zero_rows(rows)).values()) == {1.0}
+    without = judge.measure(None)
+    assert np.allclose(without.nats_N, judge.base.nats_N, atol=1e-5)
+    assert judge.gain_kept(without, 0)["share"] == pytest.approx(0, abs=1e-4)
+    moved = judge.measure(shuffled_rows(rows, checkpoint.layout, 0))
+    assert abs(judge.change(moved, 0)["nll"]) > 1e-3
+
+
+def test_row_errors_are_weighted_by_the_square_of_the_gate(made: Path) -> None:
+    checkpoint = open_checkpoint(made)
+    judge, rows = judged(checkpoint)
+    last = checkpoint.layout.layers[-1]
+    weights = np.concatenate([opening[last] for _, opening in judge.openings()])
+    assert ((0 < weights) & (weights < 1)).all() and weights.std() > 0.01
+    half = judge.row_errors(lambda n, wanted: rows(n, wanted) * np.float32(0.5))
+    assert half[last] == pytest.approx(0.5), "a share that is the same for every row does not depend on weights"
+
+    def first_only(n: int, wanted: np.ndarray) -> np.ndarray:
+        found = rows(n, wanted).copy()
+        found[:, 0] = 0
+        return found
+
+    lost = whole = 0.0
+    for (wanted, opening), window in zip(judge.openings(), judge.windows, strict=True):
+        values = np.square(rows(last, wanted[last][None])[0].astype(np.float64)).sum(1)
+        lost += opening[last][0] * values[0]
+        whole += float(opening[last] @ values)
+    assert judge.row_errors(first_only)[last] == pytest.approx(math.sqrt(lost / whole))
+
+
+def test_continuations_are_what_a_session_writes(made: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(made)
+    prompts = [Window(w.document, w.ids_T[:12]) for w in windows()]
+    texts = continuations(float_model(checkpoint), FloatTables(checkpoint), prompts, 9, Progress())
+    export_package(ExportConfig(made, tmp_path / "float"))
+    model = Model.open(tmp_path / "float")
+    for prompt, text in zip(prompts, texts, strict=True):
+        session, ids = model.session(), prompt.ids_T.tolist()
+        feed = list(ids)
+        for _ in range(9):
+            feed = [int(session.feed(feed).argmax())]
+            ids += feed
+        assert text.ids_T.tolist() == ids and text.first == 12
+    model.close()
+
+
+def test_an_interval_of_a_ratio_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    inside = 0
+    for trial in range(200):
+        whole = generator.uniform(5, 50, size=40)
+        part = whole * 0.9 + generator.normal(0, 1, size=40)
+        low, high = bootstrap(lambda s: s[0] / s[1], (part, whole), trial)
+        inside += low <= 0.9 <= high
+    assert 0.87 <= inside / 200 <= 0.99
+
+
+@pytest.fixture
+def held_out(tmp_path: Path) -> CorpusConfig:
+    generator = np.random.default_rng(0)
+    for i in range(6):
+        (tmp_path / f"text-{i}.txt").write_text(" ".join(generator.choice(WORDS, size=60)))
+    return CorpusConfig((str(tmp_path / "text-*.txt"),))
+
+
+def test_the_verdict_follows_the_bound(made: Path, tmp_path: Path, held_out: CorpusConfig) -> None:
+    quantize(QuantizeConfig(made, tmp_path / "q4", tables="nf4"))
+    reports = {}
+    for text in ("100%", "0", "5"):
+        config = QualityConfig(held_out, Bound.parse(text), 600, prompt_tokens=8, written_tokens=6)
+        reports[text] = judge_quantized(made, tmp_path / "q4", config, Progress())
+    high = reports["0"]["change"]["ci95"][1]
+    assert high > 0 and [reports[t]["passed"] for t in ("100%", "0", "5")] == [True, False, True]
+    report = reports["100%"]
+    assert report["max_loss"]["nats"] == pytest.approx(report["loss"]["float"])
+    assert report["documents"] == 6 and report["continuations"]["texts"] == 6
+    assert set(report["loss"]) == {"backbone", "float", "quantized", "zero_table", "shuffled_rows"}
+    assert "parts" not in report, "the backbone was not quantized"
+    assert settle(tmp_path / "q4", tmp_path / "out", reports["0"]) == tmp_path / "out.rejected"
+    assert not (tmp_path / "out").exists() and not (tmp_path / "q4").exists()
+
+
+@pytest.mark.parametrize("text", ["half", "-1", "-0.1%", "nan", "inf", ""])
+def test_a_bound_that_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(QualityError, match="neither nats a token nor a percentage"):
+        Bound.parse(text)
+
+
+def test_a_checkpoint_of_another_layout_is_refused(made: Path, tmp_path: Path, held_out: CorpusConfig) -> None:
+    other = tiny.write_checkpoint(tmp_path / "other", layers=(3,), rows_per_head=307)
+    quantize(QuantizeConfig(other, tmp_path / "q4"))
+    with pytest.raises(QualityError, match="has another layout"):
+        judge_quantized(made, tmp_path / "q4", QualityConfig(held_out, max_tokens=100), Progress())

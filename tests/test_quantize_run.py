@@ -1,0 +1,192 @@
+"""`engram quantize` as a whole: text in, plan, tables, gate, verdict; exit codes and what is left on the disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from engram import EngramError
+from engram.builders.checkpoint import open_checkpoint
+from engram.builders.corpus import CorpusConfig
+from engram.cli.main import main
+from engram.quantize.inspect import inspect
+from engram.quantize.package import ExportConfig, export_package, open_source
+from engram.quantize.tables import QuantizeError
+from engram.runtime.quantize_config import Bound, QuantizeRun
+from engram.runtime.quantize_run import quantize_run
+from engram.runtime.row_sources import StoredRows
+
+Texts = dict[str, CorpusConfig]
+WORDS = "memory table rows disk read numbers model the of a has are from their by and is".split()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("model"), layers=(1, 3))
+
+
+@pytest.fixture(autouse=True)
+def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Texts:
+    """Text for calibration, and other text of the same kind to judge by."""
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
+    generator = np.random.default_rng(0)
+    for part in ("calibrate", "gate"):
+        lines = [json.dumps({"text": " ".join(generator.choice(WORDS, size=80))}) for _ in range(12)]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
+    return {part: CorpusConfig((str(tmp_path / f"{part}.jsonl"),)) for part in ("calibrate", "gate")}
+
+
+def command(*words: object) -> tuple[int, Any]:
+    """Exit code of `engram …`."""
+    try:
+        main([str(word) for word in words])
+    except SystemExit as end:
+        return int(end.code or 0), None
+    return 0, None
+
+
+def test_the_gate_passes_and_fails_by_exit_code(
+    made: Path, tmp_path: Path, texts: Texts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate = ("--gate", tmp_path / "gate.jsonl", "--gate-tokens", 400)
+    out = tmp_path / "good"
+    assert command("quantize", made, "--out", out, "--tables", "int8", *gate, "--max-loss", "50%", "--json")[0] == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["passed"] and told["out"] == str(out) and inspect(out)["quality"] == told["quality"]
+    assert set(told["quality"]["loss"]) == {"backbone", "float", "quantized", "zero_table", "shuffled_rows"}
+
+    bad = tmp_path / "bad"
+    assert command("quantize", made, "--out", bad, "--tables", "nf4", *gate, "--max-loss", "0", "--json")[0] == 1
+    said = capsys.readouterr()
+    told = json.loads(said.out)
+    assert not told["passed"] and told["out"] == f"{bad}.rejected" and "--max-loss 0 allows" in said.err
+    assert not bad.exists() and inspect(Path(told["out"]))["quality"]["passed"] is False
+    assert command("export", told["out"], "--out", tmp_path / "package")[0] == 1
+    assert "did not pass its quality gate" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.candidate*")) and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_refused_result_leaves_an_earlier_one_alone(made: Path, tmp_path: Path, texts: Texts) -> None:
+    out = tmp_path / "out"
+    quantize_run(QuantizeRun(made, out, "int8"))
+    before = (out / "engram.json").read_bytes()
+    config = QuantizeRun(made, out, "nf4", gate=texts["gate"], gate_tokens=300, max_loss=Bound(0.0), force=True)
+    assert not quantize_run(config)["passed"]
+    assert (out / "engram.json").read_bytes() == before and (tmp_path / "out.rejected").is_dir()
+    with pytest.raises(EngramError, match="documents of at least 2 tokens"):
+        (tmp_path / "empty.txt").write_text("a")
+        text = CorpusConfig((str(tmp_path / "empty.txt"),))
+        quantize_run(QuantizeRun(made, out, "nf4", gate=text, force=True))
+    assert (out / "engram.json").read_bytes() == before and not list(tmp_path.glob("*.candidate*"))
+
+
+def test_rows_are_stored_by_how_a_text_reads_them(made: Path, tmp_path: Path, texts: Texts) -> None:
+    checkpoint = open_checkpoint(made)
+    config = QuantizeRun(
+        made, tmp_path / "mixed", "nf4", calibrate=texts["calibrate"], frequent=("f32", 0.25), drop_unseen=True
+    )
+    told = quantize_run(config)
+    read: dict[int, set[int]] = {n: set() for n in checkpoint.layout.layers}
+    from engram.builders.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(made)
+    for line in (tmp_path / "calibrate.jsonl").read_text().splitlines():
+        ids = np.array([tokenizer.encode(json.loads(line)["text"], add_special_tokens=False).ids])
+        for n, rows in checkpoint.layout.rows(ids).items():
+            read[n] |= set(rows.ravel().tolist())
+    with open_source(tmp_path / "mixed") as (_, layout, tables):
+        assert tables is not None
+        stored = StoredRows(tables)
+        for n in layout.layers:
+            every = np.arange(layout.table_rows[n])
+            made_ND = stored(n, every[None, :, None])[0]
+            truth_ND = np.asarray(checkpoint.table(n))
+            exact, zero = (made_ND == truth_ND).all(1), (made_ND == 0).all(1)
+            assert set(every[~zero].tolist()) == read[n], "what the text never reads reads as zeros, and nothing else"
+            assert exact.sum() == round(0.25 * len(read[n])), "a quarter of the seen rows are float"
+            assert told["plans"][str(n)]["seen_rows"] == len(read[n])
+    export_package(ExportConfig(tmp_path / "mixed", tmp_path / "package"))
+    assert inspect(tmp_path / "package")["layers"][0]["dtype"] == "nf4+f32+dropped"
+
+
+def test_auto_keeps_a_budget_and_says_what_it_traded(made: Path, tmp_path: Path, texts: Texts) -> None:
+    full = sum(layer["bytes"] for layer in quantize_run(QuantizeRun(made, tmp_path / "int8"))["tables"].values())
+    told = quantize_run(QuantizeRun(made, tmp_path / "auto", "auto", texts["calibrate"], budget=full))
+    assert sum(layer["bytes"] for layer in told["tables"].values()) <= full
+    assert told["table_bytes"] <= full and {"1", "3"} == set(told["plans"])
+    assert sum(c["rows"] for c in told["plans"]["1"]["classes"]) == open_checkpoint(made).layout.table_rows[1]
+
+
+def test_auto_finds_less_for_a_larger_loss(made: Path, tmp_path: Path, texts: Texts) -> None:
+    sizes = []
+    for text in ("0.01%", "20%"):
+        config = QuantizeRun(made, tmp_path / text[:3], "auto", texts["calibrate"], max_loss=Bound.parse(text))
+        told = quantize_run(config)
+        sizes.append(told["table_bytes"])
+        assert len(told["tried"]) > 1
+        chosen = [plan for plan in told["tried"] if plan["table_bytes"] == told["table_bytes"]]
+        assert chosen and chosen[0]["change"]["ci95"][1] <= Bound.parse(text).nats(7.0)
+    assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tables": "auto", "budget": 1}, "known only from a text"),
+        ({"tables": "nf4", "frequent": ("int8", 0.1)}, "known only from a text"),
+        ({"tables": "nf4", "drop_unseen": True}, "known only from a text"),
+        ({"tables": "nf4", "calibrate": True}, "nothing uses it"),
+        ({"tables": "nf4", "calibrate": True, "unseen": "int8", "drop_unseen": True}, "contradict"),
+        ({"tables": "auto", "calibrate": True, "budget": 1, "unseen": "int8"}, "chooses codecs for all rows itself"),
+        ({"tables": "auto", "calibrate": True}, "needs a bound"),
+        ({"tables": "nf4", "budget": 1}, "--budget is for --tables auto"),
+        ({"tables": "nf4", "max_loss": Bound(0.1)}, "needs a text to measure"),
+        ({"tables": "nf5"}, "'nf5' is not known"),
+        ({"tables": "nf4", "calibrate": True, "unseen": "nf5"}, "'nf5' is not known"),
+    ],
+)
+def test_options_that_contradict_one_another_are_refused_before_any_work(
+    options: dict[str, Any], words: str, texts: Texts, tmp_path: Path
+) -> None:
+    if options.get("calibrate"):
+        options = options | {"calibrate": texts["calibrate"]}
+    with pytest.raises(EngramError, match=words):
+        QuantizeRun(tmp_path / "none", tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--frequent", "int8"), "no codec with a share"),
+        (("--frequent", "int8:100%"), "no codec with a share"),
+        (("--max-loss", "much"), "neither nats a token nor a percentage"),
+        ((), "--out is missing"),
+    ],
+)
+def test_options_that_cannot_be_read_are_errors(
+    words: tuple[str, ...], message: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ("--out", tmp_path / "out") if words else ()
+    assert command("quantize", made, *out, *words)[0] == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_sample_is_reported_and_nothing_written(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(made.rglob("*"))
+    assert command("quantize", made, "--tables", "nf4,int8", "--sample", 200, "--json")[0] == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["layers"]["1"]["codecs"].keys() == {"nf4", "int8"} and told["confidence"] == 0.95
+    assert sorted(made.rglob("*")) == before
+
+
+def test_the_budget_below_the_least_is_refused(made: Path, tmp_path: Path, texts: Texts) -> None:
+    with pytest.raises(EngramError, match="the budget is 1"):
+        quantize_run(QuantizeRun(made, tmp_path / "auto", "auto", texts["calibrate"], budget=1))
+    assert QuantizeError and not (tmp_path / "auto").exists()

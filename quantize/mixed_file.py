@@ -15,7 +15,7 @@ import numpy as np
 
 from engram.builders.atomic import sync_path
 from engram.quantize.class_map import BLOCK, CLASSES, MOST_ROWS, ClassMap, refused
-from engram.quantize.row_store import RowStoreError, TableFile
+from engram.quantize.row_store import PAGE, RowStoreError, TableFile
 
 FORMAT = "engram-mixed"
 VERSION = 1
@@ -71,9 +71,10 @@ class MapHeader:
 
     def check(self) -> None:
         """RowStoreError for fields that the format does not allow."""
-        for name, value, most in (("rows", self.rows, MOST_ROWS), ("width", self.width, 4096)):
-            if not 1 <= value <= most:
-                raise RowStoreError(f"{name} {value} must lie within 1 and {most}")
+        for name, value, least, most in (("rows", self.rows, 1, MOST_ROWS), ("width", self.width, 1, PAGE),
+                                         ("layer", self.layer, 0, 1 << 31)):  # fmt: skip
+            if not least <= value <= most:
+                raise RowStoreError(f"{name} {value} must lie within {least} and {most}")
         if not 1 <= len(self.classes) <= CLASSES:
             raise RowStoreError(f"{len(self.classes)} classes; a mixed table has 1 to {CLASSES}")
         for number, c in enumerate(self.classes):

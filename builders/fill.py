@@ -46,6 +46,7 @@ from engram.builders.layout import Layout
 from engram.builders.model import EngramModel, gate_weights
 from engram.builders.process_memory import resident_bytes
 from engram.builders.token_cache import TokenCache
+from engram.builders.tokenizer import first_ids
 
 _BLOCK_ROWS = 1 << 16
 _SAME_LOGITS = 2e-2  # of the largest logit: what bfloat16 arithmetic may differ
@@ -124,10 +125,12 @@ def fill(config: FillConfig, progress: Progress | None = None) -> dict[str, Any]
         directions = _directions(cache, split, layout, layer, backbone, config)
         often = count_often(cache, split.count, layout, layer, seen)
         counts = accumulate(cache, split.count, layout, layer, directions, often, config.least, scratch, seen)
-        fitting = _scored(judge, split.fit, layout, layer, directions, counts, backbone, config.dev_tokens, seen)
+        first = first_ids(parts.folder)
+        fitting = _scored(judge, split.fit, layout, layer, directions, counts, backbone, first, config.dev_tokens, seen)
         best = fit(fitting, layout, directions, seen)
         fitted = replace(best, scales=[config.strength * scale for scale in best.scales])
-        tested = _scored(judge, split.report, layout, layer, directions, counts, backbone, config.test_tokens, seen)
+        report_on = split.report
+        tested = _scored(judge, report_on, layout, layer, directions, counts, backbone, first, config.test_tokens, seen)
         figures = report(tested, layout, directions, fitted, config.seed)
         _shrink(counts, fitted.k)
         _save(config, parts, layer, backbone, directions, fitted, counts, figures)
@@ -246,7 +249,7 @@ def _directions(
 
 def _scored(
     cache: TokenCache, documents: NDArray[np.int64], layout: Layout, layer: int, directions: Directions,
-    counts: Counts, backbone: Any, tokens: int, progress: Progress,
+    counts: Counts, backbone: Any, first: list[int], tokens: int, progress: Progress,
 ) -> Scored:  # fmt: skip
     """Final states, next tokens, and each column's sums and counts, for some documents."""
     texts: list[NDArray[np.int32]] = []
@@ -257,7 +260,7 @@ def _scored(
             texts.append(text)
             left -= len(text)
     found = positions(layout, layer, texts)
-    states_TD = final_states(backbone, texts, progress)
+    states_TD = final_states(backbone, texts, progress, first)
     sums = [torch.from_numpy(counts.sums_ND[found.rows_TC[:, c]]) for c in range(layout.columns)]
     seen = [torch.from_numpy(counts.seen_N[found.rows_TC[:, c]]) for c in range(layout.columns)]
     head = backbone.get_output_embeddings().weight.detach().float()

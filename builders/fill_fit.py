@@ -6,6 +6,7 @@ Shape letters: T positions, K candidate tokens, O orders, d row width, D hidden 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,19 +50,24 @@ class Fitted:
     scales: list[float]
 
 
-def final_states(backbone: Any, texts: list[NDArray[np.int32]], progress: Progress) -> Tensor:
+def final_states(
+    backbone: Any, texts: list[NDArray[np.int32]], progress: Progress, first: Sequence[int] = ()
+) -> Tensor:
     """What the unembedding is applied to at every position but the last of each text: float32 [T, D].
 
-    Texts are read in windows of 512 tokens; each begins anew, as evaluation does.
+    Texts are read in windows of 512 tokens; each begins anew, with the ids `first`, as evaluation does.
     """
     out = []
     with progress.task("final states", sum(map(len, texts)), "tokens") as task, torch.inference_mode():
         for text in texts:
             ids = torch.from_numpy(text.astype(np.int64))
+            begun = torch.tensor([list(first)], dtype=torch.int64)
             states = []
             for begin in range(0, len(text), _WINDOW):
                 window = ids[None, begin : begin + _WINDOW]
-                states.append(backbone.base_model(input_ids=window, use_cache=False).last_hidden_state[0].float())
+                whole = torch.cat([begun, window], dim=1)
+                found = backbone.base_model(input_ids=whole, use_cache=False).last_hidden_state
+                states.append(found[0, len(first) :].float())
                 task.advance(window.shape[1])
             out.append(torch.cat(states)[:-1])
     return torch.cat(out)

@@ -94,6 +94,12 @@ def special_tokens(source: str | Path) -> dict[str, Any]:
     return out
 
 
+def first_ids(source: str | Path) -> list[int]:
+    """What a text begins with: bos where the tokenizer asks for one, else nothing."""
+    known = special_tokens(source)
+    return [int(known["bos_id"])] if known.get("add_bos") and known.get("bos_id") is not None else []
+
+
 def locate(source: str | Path) -> Path:
     """The tokenizer.json or .gguf file that `source` means; a hub name is fetched into the hub's cache.
 

@@ -236,7 +236,8 @@ class _Run:
         if not self.held_out.tokens:
             return {}
         data = self.recipe.data
-        batches = self.held_out.batches(self.cache, self.trainee.layout, data.sequence_length * data.batch)
+        budget, first = data.sequence_length * data.batch, self.trainee.first
+        batches = self.held_out.batches(self.cache, self.trainee.layout, budget, first)
         values = self.stepper.evaluate(batches, self.held_out.bytes)
         self.standing = replace(self.standing, val=values)
         return values

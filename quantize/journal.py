@@ -61,6 +61,11 @@ class Journal:
         (self.folder / NAME).unlink(missing_ok=True)
 
 
+def has_journal(folder: Path) -> bool:
+    """Whether a run could go on in this folder."""
+    return _read(folder / NAME) is not None
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     """The journal's content, or None where there is none that this release reads."""
     try:

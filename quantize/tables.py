@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from engram.builders.atomic import resumable_folder, sync_tree
 from engram.builders.checkpoint import MANIFEST, Checkpoint, open_checkpoint, table_file
 from engram.kernels.codecs import Codec, Floats, find_codec
 from engram.quantize.folder import check_target
-from engram.quantize.journal import Journal
+from engram.quantize.journal import Journal, has_journal
 from engram.quantize.row_store import Geometry, RowWriter
 from engram.quantize.stream import FloatRows, RowErrors, block_rows, stream_table
 
@@ -60,7 +61,10 @@ def quantize(config: QuantizeConfig, progress: Progress | None = None) -> dict[s
     layout = checkpoint.layout
     for layer in layout.layers:
         Geometry(codec, layout.table_rows[layer], layout.head_dim, layer)  # refuse before any work
-    with resumable_folder(config.out, force=config.force, error=QuantizeError) as folder:
+    with (
+        resumable_folder(config.out, force=config.force, error=QuantizeError) as folder,
+        _says_what_stays(folder, progress),
+    ):
         journal = Journal(folder, _job(checkpoint, codec))
         if journal.said:
             progress.say(journal.said)
@@ -74,6 +78,18 @@ def quantize(config: QuantizeConfig, progress: Progress | None = None) -> dict[s
         journal.end()
     report = {n: table["report"] for n, table in tables.items()}
     return {"out": str(config.out), "tables": report, "backbone": "unchanged", "seconds": time.monotonic() - begin}
+
+
+@contextmanager
+def _says_what_stays(folder: Path, progress: Progress) -> Iterator[None]:
+    try:
+        yield
+    except EngramError:
+        raise
+    except BaseException:
+        if has_journal(folder):
+            progress.say(f"{folder} keeps what is done: the same command goes on from there")
+        raise
 
 
 def _job(checkpoint: Checkpoint, codec: Codec) -> dict[str, Any]:

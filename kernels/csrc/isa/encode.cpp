@@ -81,16 +81,47 @@ template <class F> inline bool each_group(const float* x, int64_t D, F f) {
     return good;
 }
 
-// max|x| / 127 and the steps x * (1 / scale), rounded half away from zero.
-inline bool int8_group(const float* x, int8_t* steps, uint8_t* scale_out) {
-    const uint32_t most = largest_bits(x, GROUP);
-    const float scale = bits_to_float(most) / 127.0f, inverse = finite_reciprocal(scale);
+// Scales of up to 8 groups together: one vector division serves them all.
+constexpr int TOGETHER = 8;
+struct Int8Scales {
+    float inverse[TOGETHER];
+    uint8_t half[2 * TOGETHER];
+
+    // max|x| / 127 of each group, as fp16, and the reciprocal of its fp32 value.
+    bool find(const float* x, int64_t count) {
+        uint32_t most[TOGETHER] = {};
+        for (int64_t k = 0; k < count; ++k) most[k] = largest_bits(x + k * GROUP, GROUP);
+        float scale[TOGETHER];
+        uint32_t wrong = 0;
+        for (int k = 0; k < TOGETHER; ++k) {
+            scale[k] = bits_to_float(most[k]) / 127.0f;
+            const uint32_t bits = float_to_bits(1.0f / scale[k]);
+            inverse[k] = bits_to_float((bits & MAGNITUDE) < INFINITE ? bits : 0u);
+            wrong |= uint32_t(most[k] >= INFINITE);
+        }
+        return put_halves(scale, half) & !wrong;
+    }
+    static bool put_halves(const float* scale, uint8_t* out) {
+#if defined(__F16C__)
+        const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(scale), _MM_FROUND_TO_NEAREST_INT);
+        _mm_storeu_si128((__m128i*)out, halves);
+        const __m128i top = _mm_set1_epi16(0x7C00);
+        return !_mm_movemask_epi8(_mm_cmpeq_epi16(_mm_and_si128(halves, top), top));
+#else
+        bool good = true;
+        for (int k = 0; k < TOGETHER; ++k) good &= put_half(scale[k], out + 2 * k);
+        return good;
+#endif
+    }
+};
+
+// The steps x * (1 / scale), rounded half away from zero.
+inline void int8_steps(const float* x, float inverse, uint8_t* out) {
     for (int i = 0; i < GROUP; ++i) {
         const float q = x[i] * inverse;
         // The largest number below one half, with q's sign: adding it and cutting rounds half away from zero.
-        steps[i] = int8_t(int32_t(q + bits_to_float(0x3EFFFFFFu | (float_to_bits(q) & SIGN))));
+        out[i] = uint8_t(int32_t(q + bits_to_float(0x3EFFFFFFu | (float_to_bits(q) & SIGN))));
     }
-    return put_half(scale, scale_out) & (most < INFINITE);
 }
 
 // The value of largest magnitude, the first of equals; `most` takes its bits without the sign.
@@ -148,20 +179,41 @@ struct Int8Row {
 };
 struct Int8 {
     static bool row(const float* x, int64_t D, uint8_t* out) {
-        return each_group(x, D, [&](const float* v, int64_t g, int64_t n) {
-            int8_t steps[GROUP];
-            const bool good = int8_group(v, steps, out + D + g / GROUP * 2);
-            memcpy(out + g, steps, n == GROUP ? GROUP : size_t(n));
-            return good;
-        });
+        Int8Scales scales;
+        bool good = true;
+        int64_t g = 0;
+        for (; g + GROUP <= D; g += TOGETHER * GROUP) {
+            const int64_t count = (D - g) / GROUP < TOGETHER ? (D - g) / GROUP : TOGETHER;
+            good &= scales.find(x + g, count);
+            for (int64_t k = 0; k < count; ++k) int8_steps(x + g + k * GROUP, scales.inverse[k], out + g + k * GROUP);
+            memcpy(out + D + g / GROUP * 2, scales.half, size_t(2 * count));
+        }
+        g = D / GROUP * GROUP;
+        if (g < D) {  // the last group is filled up with zeros
+            float last[GROUP] = {};
+            uint8_t steps[GROUP];
+            memcpy(last, x + g, size_t(D - g) * 4);
+            good &= scales.find(last, 1);
+            int8_steps(last, scales.inverse[0], steps);
+            memcpy(out + g, steps, size_t(D - g));
+            memcpy(out + D + g / GROUP * 2, scales.half, 2);
+        }
+        return good;
     }
 };
 struct GgufQ8 {
     static bool row(const float* x, int64_t D, uint8_t* out) {
-        return each_group(x, D, [&](const float* v, int64_t g, int64_t) {
-            uint8_t* block = out + g / GROUP * 34;
-            return int8_group(v, reinterpret_cast<int8_t*>(block + 2), block);
-        });
+        Int8Scales scales;
+        bool good = true;
+        for (int64_t g = 0; g < D; g += TOGETHER * GROUP) {
+            const int64_t count = (D - g) / GROUP < TOGETHER ? (D - g) / GROUP : TOGETHER;
+            good &= scales.find(x + g, count);
+            for (int64_t k = 0; k < count; ++k, out += 34) {
+                memcpy(out, scales.half + 2 * k, 2);
+                int8_steps(x + g + k * GROUP, scales.inverse[k], out + 2);
+            }
+        }
+        return good;
     }
 };
 

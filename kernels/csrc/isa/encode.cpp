@@ -82,24 +82,33 @@ template <class F> inline bool each_group(const float* x, int64_t D, F f) {
 }
 
 // Scales of up to 8 groups together: one vector division serves them all.
-constexpr int TOGETHER = 8;
+constexpr int TOGETHER = 8, SOME = W < TOGETHER ? W : TOGETHER;
+using Floats = float __attribute__((vector_size(4 * SOME)));
+using Bits = int32_t __attribute__((vector_size(4 * SOME)));
+
 struct Int8Scales {
     float inverse[TOGETHER];
     uint8_t half[2 * TOGETHER];
 
     // max|x| / 127 of each group, as fp16, and the reciprocal of its fp32 value.
-    bool find(const float* x, int64_t count) {
+    inline __attribute__((always_inline)) bool find(const float* x, int64_t count) {
         uint32_t most[TOGETHER] = {};
         for (int64_t k = 0; k < count; ++k) most[k] = largest_bits(x + k * GROUP, GROUP);
         float scale[TOGETHER];
-        uint32_t wrong = 0;
-        for (int k = 0; k < TOGETHER; ++k) {
-            scale[k] = bits_to_float(most[k]) / 127.0f;
-            const uint32_t bits = float_to_bits(1.0f / scale[k]);
-            inverse[k] = bits_to_float((bits & MAGNITUDE) < INFINITE ? bits : 0u);
-            wrong |= uint32_t(most[k] >= INFINITE);
+        Bits wrong = {};
+        for (int k = 0; k < TOGETHER; k += SOME) {
+            Floats largest;
+            memcpy(&largest, most + k, sizeof largest);
+            const Floats step = largest / 127.0f;
+            const Bits bits = Bits(1.0f / step);
+            const Bits finite = bits & ((bits & int32_t(MAGNITUDE)) < int32_t(INFINITE));
+            wrong |= Bits(largest) >= int32_t(INFINITE);
+            memcpy(scale + k, &step, sizeof step);
+            memcpy(inverse + k, &finite, sizeof finite);
         }
-        return put_halves(scale, half) & !wrong;
+        int32_t any = 0;
+        for (int k = 0; k < SOME; ++k) any |= wrong[k];
+        return put_halves(scale, half) & !any;
     }
     static bool put_halves(const float* scale, uint8_t* out) {
 #if defined(__F16C__)
@@ -184,6 +193,12 @@ struct Int8 {
         int64_t g = 0;
         for (; g + GROUP <= D; g += TOGETHER * GROUP) {
             const int64_t count = (D - g) / GROUP < TOGETHER ? (D - g) / GROUP : TOGETHER;
+            if (count == TOGETHER) {  // sizes that the compiler knows
+                good &= scales.find(x + g, TOGETHER);
+                for (int k = 0; k < TOGETHER; ++k) int8_steps(x + g + k * GROUP, scales.inverse[k], out + g + k * GROUP);
+                memcpy(out + D + g / GROUP * 2, scales.half, 2 * TOGETHER);
+                continue;
+            }
             good &= scales.find(x + g, count);
             for (int64_t k = 0; k < count; ++k) int8_steps(x + g + k * GROUP, scales.inverse[k], out + g + k * GROUP);
             memcpy(out + D + g / GROUP * 2, scales.half, size_t(2 * count));

@@ -81,6 +81,33 @@ template <class F> inline bool each_group(const float* x, int64_t D, F f) {
     return good;
 }
 
+// The bits of the largest |x| of 8 groups: four lanes of each, then four groups at a time across.
+using Four = int32_t __attribute__((vector_size(16)));
+using Lanes = int32_t __attribute__((vector_size(4 * (W < 8 ? 4 : 8))));
+template <class T> inline T larger(T a, T b) { return a > b ? a : b; }
+inline void largest_of_each(const float* x, uint32_t* most) {
+    constexpr int LANES_OF = sizeof(Lanes) / 4;
+    Four four[8];
+    for (int k = 0; k < 8; ++k) {
+        Lanes found = {};
+        for (int i = 0; i < GROUP; i += LANES_OF) {
+            Lanes bits;
+            memcpy(&bits, x + k * GROUP + i, sizeof bits);
+            found = larger(found, bits & int32_t(MAGNITUDE));
+        }
+        Four part[sizeof(Lanes) / 16];
+        memcpy(part, &found, sizeof found);
+        four[k] = sizeof(Lanes) == 16 ? part[0] : larger(part[0], part[sizeof(Lanes) / 16 - 1]);
+    }
+    for (int k = 0; k < 8; k += 4) {
+        const Four a = four[k], b = four[k + 1], c = four[k + 2], d = four[k + 3];
+        const Four ab = larger(Four{a[0], b[0], a[1], b[1]}, Four{a[2], b[2], a[3], b[3]});
+        const Four cd = larger(Four{c[0], d[0], c[1], d[1]}, Four{c[2], d[2], c[3], d[3]});
+        const Four all = larger(Four{ab[0], ab[1], cd[0], cd[1]}, Four{ab[2], ab[3], cd[2], cd[3]});
+        memcpy(most + k, &all, sizeof all);
+    }
+}
+
 // Scales of up to 8 groups together: one vector division serves them all.
 constexpr int TOGETHER = 8, SOME = W < TOGETHER ? W : TOGETHER;
 using Floats = float __attribute__((vector_size(4 * SOME)));
@@ -93,7 +120,8 @@ struct Int8Scales {
     // max|x| / 127 of each group, as fp16, and the reciprocal of its fp32 value.
     inline __attribute__((always_inline)) bool find(const float* x, int64_t count) {
         uint32_t most[TOGETHER] = {};
-        for (int64_t k = 0; k < count; ++k) most[k] = largest_bits(x + k * GROUP, GROUP);
+        if (count == TOGETHER) largest_of_each(x, most);
+        else for (int64_t k = 0; k < count; ++k) most[k] = largest_bits(x + k * GROUP, GROUP);
         float scale[TOGETHER];
         Bits wrong = {};
         for (int k = 0; k < TOGETHER; k += SOME) {
@@ -125,10 +153,23 @@ struct Int8Scales {
 };
 
 // The steps x * (1 / scale), rounded half away from zero.
+// To add the largest number below one half, with the value's sign, and to cut rounds half away from zero.
 inline void int8_steps(const float* x, float inverse, uint8_t* out) {
+#if defined(__AVX2__)
+    const __m256 factor = _mm256_set1_ps(inverse), sign = _mm256_set1_ps(-0.0f);
+    const __m256 half = _mm256_set1_ps(bits_to_float(0x3EFFFFFFu));
+    __m256i steps[4];
+    for (int i = 0; i < 4; ++i) {
+        const __m256 q = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), factor);
+        steps[i] = _mm256_cvttps_epi32(_mm256_add_ps(q, _mm256_or_ps(_mm256_and_ps(q, sign), half)));
+    }
+    const __m256i low = _mm256_packs_epi32(steps[0], steps[1]), high = _mm256_packs_epi32(steps[2], steps[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing interleaves the halves
+    _mm256_storeu_si256((__m256i*)out, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+    return;
+#endif
     for (int i = 0; i < GROUP; ++i) {
         const float q = x[i] * inverse;
-        // The largest number below one half, with q's sign: adding it and cutting rounds half away from zero.
         out[i] = uint8_t(int32_t(q + bits_to_float(0x3EFFFFFFu | (float_to_bits(q) & SIGN))));
     }
 }

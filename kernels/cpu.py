@@ -142,6 +142,16 @@ def scatter_add(rows_N: Ints, values_ND: NDArray[np.float32]) -> tuple[Ints, NDA
     return rows_U, sums_UD
 
 
+def split_rows(records_B4: NDArray[np.uint64], rows_N: Ints) -> tuple[list[int], Ints, Ints]:
+    """Classes, places and ranks of rows; see reference.split_rows."""
+    rows_N = np.ascontiguousarray(rows_N, dtype=np.int64)
+    places_N, ranks_N = np.empty_like(rows_N), np.empty_like(rows_N)
+    counts = _C.split_rows(records_B4, rows_N, places_N, ranks_N)
+    if isinstance(counts, int):
+        raise row_outside(rows_N, counts, 64 * len(records_B4))
+    return counts, places_N, ranks_N
+
+
 def crc32_pages(pages_PX: Bytes) -> NDArray[np.uint32]:
     """CRC-32 of every page, as zlib computes it: uint8 [P, X] to uint32 [P]."""
     out = np.empty(len(pages_PX), dtype=np.uint32)

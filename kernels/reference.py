@@ -282,6 +282,32 @@ def scatter_add(rows_N: Ints, values_ND: NDArray[np.float32]) -> tuple[Ints, NDA
     return rows_U, sums_UD
 
 
+def split_rows(records_B4: NDArray[np.uint64], rows_N: Ints) -> tuple[list[int], Ints, Ints]:
+    """Which of four classes rows belong to: how many each class has, their places in the request, their ranks.
+
+    A record is of 64 rows: the low and the high bit of each row's class, then as four uint32 the rows of class 1, 2 and
+    3 before it, and 0 (quantize/FORMAT.md 1.7). A row's rank is the number of rows of its class before it. Places and
+    ranks stand class by class, within a class as they were asked for. KernelError for a row without a record.
+    """
+    outside = np.flatnonzero((rows_N < 0) | (rows_N >= 64 * len(records_B4)))
+    if outside.size:
+        raise row_outside(rows_N, int(outside[0]), 64 * len(records_B4))
+    one, half = np.uint64(1), np.uint64(32)
+    found_N4 = records_B4[rows_N >> 6]
+    bit = (rows_N & 63).astype(np.uint64)
+    low, high = (found_N4[:, 0] >> bit) & one, (found_N4[:, 1] >> bit) & one
+    class_N = (low | high << one).astype(np.intp)
+    # A plane where the row's bit is 1, its opposite where it is 0: rows of the same class are ones in both.
+    same = (found_N4[:, 0] ^ (low - one)) & (found_N4[:, 1] ^ (high - one)) & ((one << bit) - one)
+    before = np.empty((len(rows_N), 4), dtype=np.int64)
+    before[:, 1], before[:, 2] = found_N4[:, 2] & np.uint64(0xFFFFFFFF), found_N4[:, 2] >> half
+    before[:, 3] = found_N4[:, 3] & np.uint64(0xFFFFFFFF)
+    before[:, 0] = (rows_N & ~63) - before[:, 1:].sum(axis=1)
+    ranks_N = before[np.arange(len(rows_N)), class_N] + np.bitwise_count(same)
+    places_N = np.argsort(class_N, kind="stable").astype(np.int64)
+    return np.bincount(class_N, minlength=4).tolist(), places_N, ranks_N[places_N]
+
+
 def crc32_pages(pages_PX: Bytes) -> NDArray[np.uint32]:
     """CRC-32 of every page, as zlib computes it: uint8 [P, X] to uint32 [P]."""
     return np.array([zlib.crc32(page.tobytes()) for page in pages_PX], dtype=np.uint32)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from engram.kernels import dispatch
 from engram.kernels.codecs import Bytes
 from engram.quantize.page_reader import Ints
 from engram.quantize.row_store import RowStoreError
@@ -25,7 +26,7 @@ CLASSES = 4
 BLOCK = 64  # rows of a record
 MOST_ROWS = 1 << 32
 _AT_ONCE = 1 << 16  # records that are worked on at a time
-_LOW_HALF, _HALF, _ONE = np.uint64(0xFFFFFFFF), np.uint64(32), np.uint64(1)
+_HALF = np.uint64(32)
 
 
 class Share(NamedTuple):
@@ -78,19 +79,13 @@ class ClassMap:
 
     def split(self, rows_N: Ints) -> list[Share]:
         """The classes of rows that lie in the table, and what each class has of them."""
-        records = self.records[rows_N >> 6]
-        bit = (rows_N & 63).astype(np.uint64)
-        low, high = (records[:, 0] >> bit) & _ONE, (records[:, 1] >> bit) & _ONE
-        class_N = (low | high << _ONE).astype(np.uint8)
-        # A plane where the row's bit is 1, its opposite where it is 0: then the bits of the same class are all ones.
-        same = (records[:, 0] ^ (low - _ONE)) & (records[:, 1] ^ (high - _ONE)) & ((_ONE << bit) - _ONE)
-        inside = np.bitwise_count(same).astype(np.int64)
-        present = np.flatnonzero(np.bincount(class_N, minlength=CLASSES)).tolist()
-        shares = []
-        for number in present:
-            places = None if len(present) == 1 else np.flatnonzero(class_N == number)
-            here = slice(None) if places is None else places
-            shares.append(Share(number, places, inside[here] + _before(records[here], number, rows_N[here])))
+        counts, places_N, ranks_N = dispatch.ops().split_rows(self.records, rows_N)
+        shares, begin = [], 0
+        for number, count in enumerate(counts):
+            if count:
+                places = None if count == len(rows_N) else places_N[begin : begin + count]
+                shares.append(Share(number, places, ranks_N[begin : begin + count]))
+                begin += count
         return shares
 
     def classes(self, begin: int, end: int) -> Bytes:
@@ -155,14 +150,6 @@ def _totals(rows: int, records: Words) -> list[int]:
         more = _members(records[at : at + _AT_ONCE]).sum(axis=0).tolist()
         others = [a + b for a, b in zip(others, more, strict=True)]
     return [rows - sum(others), *others]
-
-
-def _before(records: Words, number: int, rows: Ints) -> Ints:
-    """Rows of a class before each record."""
-    one, two, three = records[:, 2] & _LOW_HALF, records[:, 2] >> _HALF, records[:, 3]
-    if number:
-        return (one, two, three)[number - 1].astype(np.int64)
-    return (rows & ~np.int64(63)) - (one + two + three).astype(np.int64)
 
 
 def refused(path: Path, what: str, hint: str) -> RowStoreError:

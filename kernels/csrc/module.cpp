@@ -8,6 +8,7 @@ void bind_pages(nb::module_& m);  // bind_pages.cpp: rows of files
 void bind_ops(nb::module_& m);    // bind_ops.cpp: hash, scatter-add, checksums
 void bind_gate(nb::module_& m);   // bind_gate.cpp: the gate step of decoding
 void bind_encode(nb::module_& m); // bind_encode.cpp: encoding, and what it lost
+void bind_split(nb::module_& m);  // bind_split.cpp: classes of rows
 
 NB_MODULE(_C, m) {
     bind_rows(m);
@@ -15,4 +16,5 @@ NB_MODULE(_C, m) {
     bind_ops(m);
     bind_gate(m);
     bind_encode(m);
+    bind_split(m);
 }

@@ -157,7 +157,7 @@ def _table(
 
 def _has(folder: Path, item: Mapping[str, Any]) -> bool:
     path = folder / item["file"]
-    return path.is_file() and path.stat().st_size == int(item["bytes"])
+    return bool(path.is_file() and path.stat().st_size == item["bytes"])
 
 
 def _write_mixed(

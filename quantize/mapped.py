@@ -53,7 +53,6 @@ class PagedTable(RowTable):
         self.codec_name, self.row_bytes = codec.name, codec.row_bytes(width)
         self.encoded_bytes = rows * self.row_bytes
         self.budget: Budget | None = None
-        self._code = codec.code
         self._handles, self._places = list(handles), places
         self._reader: PageReader
         self._reader, self.io, self.why = open_reader(places, codec, verify=verify != "off", io=io)
@@ -78,12 +77,13 @@ class PagedTable(RowTable):
         return ticket
 
     def take(self, ticket: Any, out: Values, *, threads: int = 1) -> Values:
+        row = self.codec.code, self.codec.factor, self.width
         try:
             if self.budget is None:
-                wrong = self._reader.take(ticket, out, self._code, self.width, threads, 0, -1)
+                wrong = self._reader.take(ticket, out, *row, threads, 0, -1)
             else:
                 for begin, end in self._pieces(ticket, self.budget):
-                    wrong = self._reader.take(ticket, out, self._code, self.width, threads, begin, end)
+                    wrong = self._reader.take(ticket, out, *row, threads, begin, end)
                     self.budget.settle()
                     if wrong is not None:
                         break

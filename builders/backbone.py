@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import logging as python_logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from engram.builders.atomic import sync_tree
 from engram.builders.fetch import hash_file
 
 _WEIGHTS = (".safetensors", ".json")
+INT_MARK = "int_weights.json"  # a folder with this file holds int8 or int4 layers: backbone_int.py
 
 
 class BackboneError(EngramError):
@@ -95,7 +98,10 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+
+    with torchao_importable(needed=False):  # transformers imports it where it is installed
+        from transformers import AutoModelForCausalLM
+        from transformers.modeling_utils import PreTrainedModel  # noqa: F401
     from transformers.utils import logging
 
     wanted = getattr(torch, dtype or ref.dtype)
@@ -106,6 +112,8 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
     elif ref.kind == "gguf":
         source, gguf = str(Path(ref.path).parent), Path(ref.path).name
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if gguf is None and (Path(source) / INT_MARK).is_file():
+        return _load_int(Path(source), wanted)
     options: dict[str, Any] = {"dtype": wanted, "trust_remote_code": False}
     options |= {"gguf_file": gguf} if gguf else {"use_safetensors": True}
     try:
@@ -123,6 +131,40 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
             hint="transformers would start it at random; the file is incomplete or of another architecture",
         )
     return model.eval().to(wanted)
+
+
+def _load_int(folder: Path, wanted: Any) -> Any:
+    """A backbone of int8 or int4 linear layers, as `engram quantize --backbone` writes it."""
+    from safetensors import SafetensorError
+
+    from engram.builders.backbone_int import load_int_folder
+
+    try:
+        return load_int_folder(folder, wanted)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as wrong:
+        raise BackboneError(
+            f"backbone {folder} cannot be loaded: {(str(wrong).splitlines() or [repr(wrong)])[0]}",
+            hint="the folder is incomplete or altered: quantize the backbone again",
+        ) from wrong
+
+
+@contextmanager
+def torchao_importable(*, needed: bool = True) -> Iterator[None]:
+    """Import torchao inside: it warns about GPU libraries that this machine cannot load, none of which is used.
+
+    Raises BackboneError where it is needed and not installed.
+    """
+    if needed and importlib.util.find_spec("torchao") is None:
+        raise BackboneError(
+            "a backbone of int8 or int4 layers needs torchao, which is not installed",
+            hint="pip install 'engram-lm[torchao]'",
+        )
+    before = python_logging.root.manager.disable
+    python_logging.disable(python_logging.WARNING)
+    try:
+        yield
+    finally:
+        python_logging.disable(before)
 
 
 @contextmanager
@@ -170,10 +212,15 @@ def _made(folder: Path) -> Path:
 
 def save_backbone(model: Any, folder: Path) -> None:
     """Write config and safetensors of a backbone; one read from GGUF becomes an ordinary dense one."""
+    forget_gguf(model)
+    model.save_pretrained(folder)
+
+
+def forget_gguf(model: Any) -> None:
+    """Make a model that was read from GGUF an ordinary dense one, which its config says too."""
     for name in ("hf_quantizer", "quantization_method"):
         if getattr(model, name, None) is not None:
             setattr(model, name, None)
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     model.is_quantized = False
-    model.save_pretrained(folder)

@@ -1,15 +1,17 @@
-"""The metadata of a GGUF file, read with every length checked against the file.
+"""The metadata and the tensor list of a GGUF file, read with every length checked against the file.
 
 A GGUF comes from strangers: a length that lies must end in an error, not in a loop over 2^60 elements. Layout (GGUF 2
-and 3, little-endian): magic, u32 version, u64 tensors, u64 pairs, then pairs of string key, u32 type, value.
+and 3, little-endian): magic, u32 version, u64 tensors, u64 pairs, then pairs of string key, u32 type, value, then
+tensors: string name, u32 dimensions, u64 each (the fastest first), u32 type, u64 offset.
 """
 
 from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,7 +21,11 @@ STRING, ARRAY = 8, 9
 SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
-MOST_PAIRS = 1 << 16
+MOST_PAIRS = MOST_TENSORS = 1 << 16
+MOST_DIMENSIONS = 4
+
+
+_Found = TypeVar("_Found")
 
 
 class GgufHeaderError(EngramError):
@@ -90,18 +96,43 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
     Raises GgufHeaderError for a file that is missing, not GGUF, of an unknown version, or truncated.
     """
+    return _mapped(path, lambda cursor: _read(cursor)[0])
+
+
+def read_tensors(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Tensor name → (dimensions, the fastest first; ggml's type number). Raises as read_metadata."""
+    return _mapped(path, _tensors)
+
+
+def _mapped(path: Path, read: Callable[[_Cursor], _Found]) -> _Found:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _read(_Cursor(data, path.name))
+            return read(_Cursor(data, path.name))
     except (OSError, ValueError) as wrong:  # ValueError: an empty file cannot be mapped
         raise GgufHeaderError(f"{path} cannot be read as GGUF: {wrong}") from None
 
 
-def _read(cursor: _Cursor) -> dict[str, Any]:
+def _tensors(cursor: _Cursor) -> dict[str, tuple[tuple[int, ...], int]]:
+    _, count = _read(cursor)
+    if count > MOST_TENSORS:
+        raise GgufHeaderError(f"{cursor.name} claims {count} tensors, more than {MOST_TENSORS}")
+    out: dict[str, tuple[tuple[int, ...], int]] = {}
+    for _ in range(count):
+        name, dimensions = cursor.text("a tensor's name"), cursor.unsigned(4, "a tensor's dimensions")
+        if dimensions > MOST_DIMENSIONS:
+            raise GgufHeaderError(f"{cursor.name}: tensor {name!r} claims {dimensions} dimensions, GGUF has up to 4")
+        shape = tuple(cursor.unsigned(8, name) for _ in range(dimensions))
+        out[name] = (shape, cursor.unsigned(4, name))
+        cursor.unsigned(8, name)
+    return out
+
+
+def _read(cursor: _Cursor) -> tuple[dict[str, Any], int]:
+    """The pairs, and how many tensors follow."""
     magic, version = cursor.take(4, "magic"), cursor.unsigned(4, "version")
     if magic != b"GGUF" or version not in (2, 3):
         raise GgufHeaderError(f"{cursor.name} begins with {magic!r} and version {version}, not GGUF 2 or 3")
-    cursor.unsigned(8, "tensor count")
+    tensors = cursor.unsigned(8, "tensor count")
     pairs = cursor.unsigned(8, "pair count")
     if pairs > MOST_PAIRS:
         raise GgufHeaderError(f"{cursor.name} claims {pairs} metadata pairs, more than {MOST_PAIRS}")
@@ -109,4 +140,4 @@ def _read(cursor: _Cursor) -> dict[str, Any]:
     for _ in range(pairs):
         key = cursor.text("a key")
         out[key] = cursor.value(cursor.unsigned(4, key), key)
-    return out
+    return out, tensors

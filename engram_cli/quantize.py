@@ -62,6 +62,32 @@ def quantize(
     drop_unseen: Annotated[
         bool, typer.Option("--drop-unseen", help="Do not store rows that TEXT never reads; they read as zeros.")
     ] = False,
+    backbone: Annotated[
+        Optional[str],
+        typer.Option(
+            "--backbone", metavar="TYPE",
+            help="The backbone too: int8 or int4 (torchao), or a GGUF type (q8_0, q4_k_m, …) through llama.cpp.",
+        ),
+    ] = None,
+    backbone_from: Annotated[
+        Optional[Path], typer.Option(metavar="PATH", help="Quantize this GGUF, not the checkpoint's own backbone.")
+    ] = None,
+    override: Annotated[
+        list[str], typer.Option(metavar="REGEX=TYPE", help="GGUF: another type for tensors of this name; repeatable.")
+    ] = [],
+    embedding_type: Annotated[
+        Optional[str], typer.Option(metavar="TYPE", help="GGUF: the type of the token embedding.")
+    ] = None,
+    output_type: Annotated[
+        Optional[str], typer.Option(metavar="TYPE", help="GGUF: the type of the output head.")
+    ] = None,
+    importance: Annotated[
+        list[str],
+        typer.Option(metavar="TEXT|FILE.gguf", help="GGUF: weigh errors by the inputs over this text; repeatable."),
+    ] = [],
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Allow a backbone that is quantized already; errors add up.")
+    ] = False,
     sample: Annotated[
         Optional[str],
         typer.Option(metavar="N", help="Write nothing: report what each codec does to N rows drawn at random."),
@@ -78,17 +104,25 @@ def quantize(
     if out is None:
         raise UsageError("--out is missing", hint="say where to write, or give --sample N to only look")
     from engram.builders.corpus import CorpusConfig
-    from engram.runtime.quantize_config import Bound, QuantizeRun
+    from engram.runtime.quantize_config import BackboneWish, Bound, QuantizeRun
     from engram.runtime.quantize_run import quantize_run
 
     def text(sources: list[str]) -> CorpusConfig | None:
         return CorpusConfig(tuple(sources), field=field, suffixes=tuple(suffix)) if sources else None
 
+    matrix = Path(importance[0]) if len(importance) == 1 and importance[0].endswith(".gguf") else text(importance)
+    details = (backbone_from, override, embedding_type, output_type, importance, requantize)
+    if backbone is None and any(details):
+        raise UsageError("options of the backbone need --backbone TYPE", hint="for example --backbone q8_0")
+    wish = None if backbone is None else BackboneWish(
+        backbone, backbone_from, tuple(_override(part) for part in override), embedding_type, output_type, matrix,
+        requantize=requantize,
+    )  # fmt: skip
     config = QuantizeRun(
         checkpoint, out, tables, text(calibrate), None if frequent is None else parse_share(frequent), unseen,
         drop_unseen, None if budget is None else parse_size(budget),
         None if max_loss is None else Bound.parse(max_loss), text(gate), parse_count(gate_tokens), seed=seed,
-        force=force,
+        backbone=wish, force=force,
     )  # fmt: skip
     result = quantize_run(config, progress.on_screen())
     passed = result.get("passed", True)
@@ -96,6 +130,12 @@ def quantize(
         ui.emit(result)
     else:
         _table(result["tables"])
+        if result["backbone"] != "unchanged":
+            part = result["backbone"]
+            print(
+                f"backbone as {part['type']}: {show_bytes(part['bytes_before'])} to {show_bytes(part['bytes'])}, "
+                f"{len(part['modules'])} matrices; {len(part['left'])} left as they are"
+            )
         if "quality" in result:
             print(quality_words(result["quality"]))
         print(f"{'quantized into' if passed else 'kept aside as'} {result['out']}")
@@ -119,6 +159,13 @@ def parse_share(text: str) -> tuple[str, float]:
             f"--frequent {text!r} is no codec with a share between 0 and 100 %", hint="for example int8:10%"
         )
     return codec, value
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, _, kind = text.rpartition("=")
+    if not pattern or not kind:
+        raise UsageError(f"--override {text!r} is no REGEX=TYPE", hint="for example ffn_down=q6_k")
+    return pattern, kind
 
 
 def _table(tables: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from engram.builders.atomic import clear, sync_path, write_whole
 
 NAME = "unfinished.json"
 VERSION = 1
-EVERY_S = 10.0
+EVERY_S = 3.0  # seconds between two syncs: what a kill costs at the most
 
 
 class Journal:
@@ -59,6 +59,11 @@ class Journal:
     def end(self) -> None:
         """The work is done: nothing to go on from."""
         (self.folder / NAME).unlink(missing_ok=True)
+
+
+def has_journal(folder: Path) -> bool:
+    """Whether a run could go on in this folder."""
+    return _read(folder / NAME) is not None
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -9,8 +9,9 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from engram import EngramError, Progress, __version__
 from engram.builders.atomic import resumable_folder, sync_tree
 from engram.builders.checkpoint import MANIFEST, Checkpoint, open_checkpoint, table_file
 from engram.kernels.codecs import Floats, find_codec
+from engram.quantize.backbone import BackboneConfig, quantize_backbone
 from engram.quantize.class_map import ClassMap
 from engram.quantize.entries import entry_bytes, written_files
 from engram.quantize.folder import check_target
-from engram.quantize.journal import Journal
+from engram.quantize.journal import Journal, has_journal
 from engram.quantize.mixed_writer import MixedWriter
 from engram.quantize.plan import TablePlan
 from engram.quantize.row_store import Geometry, RowWriter
@@ -46,6 +48,7 @@ class QuantizeConfig:
     out: Path
     tables: str = "int8"
     plans: Mapping[int, TablePlan] | None = None  # by layer; all rows in `tables` where there is none
+    backbone: BackboneConfig | None = None  # None: copied or referred to as it is; its `out` is not looked at
     force: bool = False
 
 
@@ -67,20 +70,45 @@ def quantize(config: QuantizeConfig, progress: Progress | None = None) -> dict[s
     for layer, plan in plans.items():
         for codec in plan.stored():
             Geometry(codec, layout.table_rows[layer], layout.head_dim, layer)  # refuse before any work
-    with resumable_folder(config.out, force=config.force, error=QuantizeError) as folder:
+    with (
+        resumable_folder(config.out, force=config.force, error=QuantizeError) as folder,
+        _says_what_stays(folder, progress),
+    ):
         journal = Journal(folder, _job(checkpoint, plans))
         if journal.said:
             progress.say(journal.said)
         (folder / "tables").mkdir(exist_ok=True)
-        _copy_others(checkpoint, folder)
+        _copy_others(checkpoint, folder, but=("backbone",) if config.backbone else ())
+        backbone: Any = "unchanged"
+        reference = checkpoint.manifest["backbone"]
+        if config.backbone is not None:  # before the tables: it is smaller, and what it cannot do is found soon
+            shutil.rmtree(folder / "backbone", ignore_errors=True)
+            backbone, made = quantize_backbone(replace(config.backbone, out=folder), progress)
+            reference = made.to_json()
         tables = {str(n): _table(checkpoint, n, plans[n], folder, journal, progress) for n in layout.layers}
         written = {n: table["written"] for n, table in tables.items()}
-        manifest = checkpoint.manifest | {"format": FORMAT, "version": VERSION, "tables": written}
+        manifest = checkpoint.manifest | {
+            "format": FORMAT, "version": VERSION, "tables": written, "backbone": reference,
+        }  # fmt: skip
+        if config.backbone is not None:
+            manifest["backbone_quantized"] = backbone
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         sync_tree(folder)
         journal.end()
     report = {n: table["report"] for n, table in tables.items()}
-    return {"out": str(config.out), "tables": report, "backbone": "unchanged", "seconds": time.monotonic() - begin}
+    return {"out": str(config.out), "tables": report, "backbone": backbone, "seconds": time.monotonic() - begin}
+
+
+@contextmanager
+def _says_what_stays(folder: Path, progress: Progress) -> Iterator[None]:
+    try:
+        yield
+    except EngramError:
+        raise
+    except BaseException:
+        if has_journal(folder):
+            progress.say(f"{folder} keeps what is done: the same command goes on from there")
+        raise
 
 
 def _job(checkpoint: Checkpoint, plans: Mapping[int, TablePlan]) -> dict[str, Any]:
@@ -96,14 +124,14 @@ def _job(checkpoint: Checkpoint, plans: Mapping[int, TablePlan]) -> dict[str, An
     }
 
 
-def _copy_others(checkpoint: Checkpoint, folder: Path) -> None:
+def _copy_others(checkpoint: Checkpoint, folder: Path, but: Sequence[str]) -> None:
     """Everything but the tables and the training state, before the long work: a damaged backbone is found at once."""
     for path in sorted(checkpoint.folder.iterdir()):
-        if path.name in _LEFT_BEHIND:
+        if path.name in (*_LEFT_BEHIND, *but):
             continue
         target = folder / path.name
         shutil.copytree(path, target, dirs_exist_ok=True) if path.is_dir() else shutil.copyfile(path, target)
-    if checkpoint.backbone.kind == "embedded":
+    if checkpoint.backbone.kind == "embedded" and not but:
         checkpoint.backbone.verify(folder)
 
 
@@ -129,7 +157,7 @@ def _table(
 
 def _has(folder: Path, item: Mapping[str, Any]) -> bool:
     path = folder / item["file"]
-    return path.is_file() and path.stat().st_size == int(item["bytes"])
+    return bool(path.is_file() and path.stat().st_size == item["bytes"])
 
 
 def _write_mixed(

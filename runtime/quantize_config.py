@@ -47,6 +47,23 @@ class Bound:
 
 
 @dataclass(frozen=True)
+class BackboneWish:
+    """What the backbone becomes; see BackboneConfig. `source`: a GGUF file or folder in place of the checkpoint's own.
+
+    `importance`: an imatrix file, or text of which `importance_tokens` are read to make one.
+    """
+
+    kind: str
+    source: Path | None = None
+    tensor_types: tuple[tuple[str, str], ...] = ()
+    embedding_type: str | None = None
+    output_type: str | None = None
+    importance: CorpusConfig | Path | None = None
+    importance_tokens: int = 16_384
+    requantize: bool = False
+
+
+@dataclass(frozen=True)
 class QuantizeRun:
     """What to do; see `engram quantize --help` for each field.
 
@@ -67,6 +84,7 @@ class QuantizeRun:
     gate_tokens: int = 16_384
     search_tokens: int = 8_192
     seed: int = 0
+    backbone: BackboneWish | None = None
     force: bool = False
 
     def __post_init__(self) -> None:

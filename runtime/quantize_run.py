@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from engram import EngramError, Progress
+from engram.builders.backbone import BackboneRef
+from engram.builders.checkpoint import open_checkpoint
+from engram.quantize.backbone import BackboneConfig
 from engram.quantize.folder import check_target
 from engram.quantize.tables import QuantizeConfig, QuantizeError, quantize
-from engram.runtime.quantize_config import AUTO, QuantizeRun
+from engram.runtime.quantize_config import AUTO, BackboneWish, QuantizeRun
 
 
 def quantize_run(config: QuantizeRun, progress: Progress | None = None) -> dict[str, Any]:
@@ -27,7 +31,8 @@ def quantize_run(config: QuantizeRun, progress: Progress | None = None) -> dict[
 
         plans, traded = choose_plans(config, seen)
     codec = "mixed" if config.tables == AUTO else config.tables
-    work = QuantizeConfig(config.checkpoint, config.out, tables=codec, plans=plans, force=config.force)
+    backbone = None if config.backbone is None else _backbone(config, config.backbone, seen)
+    work = QuantizeConfig(config.checkpoint, config.out, codec, plans, backbone, config.force)
     if config.gate is None:
         result = quantize(work, seen)
     else:
@@ -44,3 +49,30 @@ def quantize_run(config: QuantizeRun, progress: Progress | None = None) -> dict[
             raise
         result |= {"out": str(place), "quality": report, "passed": report.get("passed", True)}
     return result | traded | {"seconds": time.monotonic() - begin}
+
+
+def _backbone(config: QuantizeRun, wish: BackboneWish, progress: Progress) -> BackboneConfig:
+    """The backbone's part; an importance matrix of text is made now and kept beside `out`."""
+    checkpoint = open_checkpoint(config.checkpoint)
+    source = checkpoint.backbone
+    if wish.source is not None:
+        source = BackboneRef.find(str(wish.source), source.dtype)
+    made = BackboneConfig(
+        source, config.checkpoint, config.out, wish.kind, tensor_types=wish.tensor_types,
+        embedding_type=wish.embedding_type, output_type=wish.output_type, requantize=wish.requantize,
+    )  # fmt: skip
+    if wish.importance is None:
+        return made
+    if isinstance(wish.importance, Path):
+        return replace(made, importance=wish.importance)
+    from engram.runtime.importance import collect_importance
+
+    target = config.out.with_name(config.out.name + ".imatrix.gguf")
+    ggufs = [path for path in source.files(config.checkpoint).values() if path.suffix == ".gguf"]
+    if not ggufs:
+        raise QuantizeError(
+            f"an importance matrix is for GGUF types; backbone {source.path} is no GGUF file",
+            hint="name the file with --backbone-from FILE.gguf",
+        )
+    collect_importance(config.checkpoint, ggufs[0], wish.importance, wish.importance_tokens, target, progress)
+    return replace(made, importance=target)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -9,23 +13,27 @@ import pytest
 from widths import fitting
 
 from engram.kernels import dispatch
-from engram.kernels.codecs import CODECS, CodecError, Floats
+from engram.kernels.codecs import CODECS, Bytes, CodecError, Floats
+from engram.kernels.group_codecs import NF4_BOOK, Int8
+from engram.kernels.reference import KernelError
 
 CPP = [name for name in dispatch.available() if name != "reference"]
 SOURCE = Path(__file__).parents[1] / "kernels" / "csrc" / "isa" / "encode.cpp"
 WIDTHS = (1, 2, 31, 32, 33, 62, 64, 96, 160, 255, 256, 1022)
 
 
-def fit_scales(codec: str, rows: Floats) -> Floats:
-    """The rows, those left out whose scales do not fit the codec."""
-    good = []
+@lru_cache(maxsize=1)  # the paths of a case follow one another
+def cases(codec: str, width: int) -> tuple[Floats, Bytes]:
+    """Odd rows without those whose scales do not fit the codec, and their bytes."""
+    rows, good = odd_rows(width), []
     for begin in range(len(rows)):
         try:
             CODECS[codec].encode(rows[begin : begin + 1])
             good.append(begin)
         except CodecError:
             pass
-    return rows[good]
+    assert len(good) > 200
+    return rows[good], CODECS[codec].encode(rows[good])
 
 
 def odd_rows(width: int) -> Floats:
@@ -49,15 +57,135 @@ def odd_rows(width: int) -> Floats:
     return np.ascontiguousarray(np.concatenate([*rows, special]), dtype=np.float32)
 
 
-@pytest.mark.parametrize("path", CPP)
 @pytest.mark.parametrize("codec", sorted(CODECS))
 @pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("path", CPP)
 def test_every_encoder_gives_the_bytes_of_numpy(path: str, codec: str, width: int) -> None:
-    width = fitting(codec, width)
-    rows = fit_scales(codec, odd_rows(width))
-    assert len(rows) > 200
-    expected = CODECS[codec].encode(rows)
+    rows, expected = cases(codec, fitting(codec, width))
     with dispatch.force(path):
         found = dispatch.ops().encode(CODECS[codec], rows)
         assert found.dtype == np.uint8
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("path", dispatch.available())
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_threads_slices_and_rows_that_lie_apart(path: str, codec: str) -> None:
+    """More rows than one thread takes, of a wider array, backwards, transposed and none: the same bytes."""
+    width = fitting(codec, 64)
+    wide = np.random.default_rng(5).standard_normal((3001, width + 9)).astype(np.float32)
+    views = {"apart": wide[:, 3 : 3 + width], "backwards": wide[::-1, :width], "values apart": wide[:width].T[:width],
+             "one": wide[:1, :width], "none": wide[:0, :width]}  # fmt: skip
+    with dispatch.force(path):
+        for name, rows in views.items():
+            expected = CODECS[codec].encode(rows)
+            for threads in (1, 3, 0):
+                found = dispatch.ops().encode(CODECS[codec], rows, threads=threads)
+                np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
+@dataclass(frozen=True)
+class Foreign(Int8):
+    """A codec that C++ does not know."""
+
+    code: int = 1000
+
+
+@pytest.mark.parametrize("path", dispatch.available())
+def test_a_codec_without_cpp_goes_to_numpy_in_slices(path: str) -> None:
+    rows = np.random.default_rng(6).standard_normal((2000, 40)).astype(np.float32)
+    with dispatch.force(path):
+        encoded = dispatch.ops().encode(Foreign(), rows, threads=3)
+        np.testing.assert_array_equal(encoded, Int8().encode(rows))
+        lost, whole = dispatch.ops().row_errors(Foreign(), encoded, rows, threads=3)
+        expected = dispatch.ops().row_errors(Int8(), encoded, rows)
+        assert np.array_equal(lost, expected[0]) and np.array_equal(whole, expected[1])
+        rows[1500, 3] = np.nan
+        rows[100] = 1e30  # its scale does not fit, but a NaN anywhere comes first
+        with pytest.raises(CodecError, match="part: row 1507, column 3 is nan"):
+            dispatch.ops().encode(Foreign(), rows, table="part", first_row=7, threads=3)
+
+
+def refusals() -> dict[str, tuple[str, Floats]]:
+    """What an encoder refuses: codec and rows."""
+    good = np.ones((5000, 64), dtype=np.float32)
+
+    def changed(value: float, row: int = 4321, column: int = 63) -> Floats:
+        rows = good.copy()
+        rows[row, column] = value
+        return rows
+
+    cases = {f"{value} in {codec}": (codec, changed(value)) for codec in CODECS for value in (np.nan, np.inf, -np.inf)}
+    cases |= {f"a scale of {codec}": (codec, changed(1e30)) for codec in ("int8", "nf4", "q8_0", "q4_0", "iq4_nl")}
+    cases |= {f"a scale of {codec} just too large": (codec, changed(65520 * step, 5, 40))
+              for codec, step in (("int8", 127), ("nf4", 1), ("q4_0", 8), ("iq4_nl", 127))}  # fmt: skip
+    cases["both in one row"] = "nf4", changed(1e30)
+    cases["both in one row"][1][4321, 2] = np.nan
+    cases["float64"] = "int8", good.astype(np.float64)
+    cases["one axis"] = "int8", good[0]
+    cases["no values"] = "int8", good[:, :0]
+    cases["odd width"] = "nf4", good[:, :63]
+    cases["odd width and NaN"] = "nf4", changed(np.nan, 3, 3)[:, :63]
+    cases["half a block"] = "q4_0", good[:, :48]
+    return cases
+
+
+REFUSALS = refusals()
+
+
+@pytest.mark.parametrize("path", CPP)
+@pytest.mark.parametrize("case", REFUSALS)
+def test_errors_have_the_words_of_numpy(path: str, case: str) -> None:
+    codec, rows = REFUSALS[case]
+    with pytest.raises(CodecError) as expected:
+        CODECS[codec].encode(rows, table="layer 7", first_row=1000)
+    with dispatch.force(path), pytest.raises(CodecError) as found:
+        dispatch.ops().encode(CODECS[codec], rows, table="layer 7", first_row=1000, threads=2)
+    assert (str(found.value), found.value.hint) == (str(expected.value), expected.value.hint)
+
+
+@pytest.mark.parametrize("path", dispatch.available())
+@pytest.mark.parametrize("codec", sorted(CODECS))
+@pytest.mark.parametrize("width", [1, 15, 64, 256, 300])
+def test_errors_of_rows(path: str, codec: str, width: int) -> None:
+    """Against sums of exact fractions, and the same bits on every path."""
+    width = fitting(codec, width)
+    rows = np.random.default_rng(8).standard_normal((700, width)).astype(np.float32)
+    rows[3] = 0
+    encoded = CODECS[codec].encode(rows)
+    back = CODECS[codec].decode(encoded, width)
+    with dispatch.force("reference"):
+        expected = dispatch.ops().row_errors(CODECS[codec], encoded, rows)
+    with dispatch.force(path):
+        for threads in (1, 2):
+            lost, whole = dispatch.ops().row_errors(CODECS[codec], encoded, rows, threads=threads)
+            assert lost.dtype == whole.dtype == np.float64
+            assert np.array_equal(lost, expected[0]) and np.array_equal(whole, expected[1])
+    for row in (0, 3, 699):
+        exact = [sum(Fraction(float(x)) ** 2 for x in values) for values in (back[row] - rows[row], rows[row])]
+        assert (float(lost[row]), float(whole[row])) == pytest.approx(tuple(map(float, exact)), rel=1e-14)
+    assert lost[3] == whole[3] == 0
+
+
+@pytest.mark.parametrize("path", dispatch.available())
+def test_row_errors_refuse_other_arrays(path: str) -> None:
+    rows = np.ones((4, 32), dtype=np.float32)
+    encoded = CODECS["int8"].encode(rows)
+    with dispatch.force(path):
+        with pytest.raises(KernelError, match=r"takes float32 \[4, D\] beside .* found float32 \[3, 32\]"):
+            dispatch.ops().row_errors(CODECS["int8"], encoded, rows[:3])
+        with pytest.raises(KernelError, match="found float64"):
+            dispatch.ops().row_errors(CODECS["int8"], encoded, rows.astype(np.float64))
+        with pytest.raises(CodecError, match=r"decodes uint8 \[N, 34\]"):
+            dispatch.ops().row_errors(CODECS["int8"], encoded[:, :-1], rows)
+
+
+def test_the_middles_of_the_nf4_book() -> None:
+    """The numbers in the C++ source are the exact middles, rounded down to fp32."""
+    text = SOURCE.read_text("utf-8")
+    found = re.search(r"NF4_MIDDLES\[15\] = \{([^}]*)\}", text)
+    assert found is not None
+    numbers = [np.float32(word.strip().removesuffix("f")) for word in found[1].split(",")]
+    for number, below, above in zip(numbers, NF4_BOOK[:-1], NF4_BOOK[1:], strict=True):
+        middle = (Fraction(float(below)) + Fraction(float(above))) / 2
+        assert Fraction(float(number)) <= middle < Fraction(float(np.nextafter(number, np.float32(2))))

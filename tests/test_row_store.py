@@ -287,3 +287,84 @@ write_table(Path(sys.argv[1]), blocks(), rows=10**9, width=64, codec=CODECS["f32
     assert not path.exists()
     write(path, random_rows(10, 4))  # what the killed one left does not hinder the next
     assert os.listdir(tmp_path) == ["t"]
+
+
+@pytest.mark.parametrize("synced", [1, 52, 53, 54, 530, 512 * 53 - 1, 512 * 53, 512 * 53 + 7, 30_000])
+@pytest.mark.parametrize("more", [0, 1, 60, 1500])
+def test_a_writer_goes_on_where_it_was_synced(tmp_path: Path, synced: int, more: int) -> None:
+    """Whatever was appended behind it, on full pages and within one: the same file as without a break."""
+    codec, values = CODECS["int8-row"], random_rows(30_011, 72)  # 53 rows a page
+    encoded = codec.encode(values)
+    expected = write(tmp_path / "whole", values, "int8-row", block=5000)
+    path = tmp_path / "t"
+    with pytest.raises(OSError), RowWriter(path, len(values), 72, codec, 3, keep=True) as writer:
+        writer.append(encoded[: synced // 2])
+        writer.sync()
+        writer.append(encoded[synced // 2 : synced])
+        writer.sync()
+        writer.append(encoded[synced : synced + more])
+        raise OSError
+    assert not path.exists()
+    with RowWriter(path, len(values), 72, codec, 3, resume=synced) as writer:
+        assert writer.count == synced
+        writer.append(encoded[synced:])
+    assert writer.table_file == expected
+    assert path.read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["t", "whole"]
+
+
+LEFT: dict[str, Callable[[Path], Any]] = {
+    "nothing": lambda path: path.unlink(),
+    "no bytes": lambda path: os.truncate(path, 0),
+    "a header": lambda path: os.truncate(path, 4096),
+    "another header": lambda path: flip(path, 100),
+    "a flipped bit": lambda path: flip(path, 4096 + 77),
+    "a flipped bit in the last page": lambda path: flip(path, 4096 + 9 * 4096 + 5),
+    "another checksum": lambda path: flip(path, 4096 + 567 * 4096 + 3),
+}
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 8
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_a_writer_does_not_go_on_from_what_is_damaged(tmp_path: Path, case: str) -> None:
+    codec, values = CODECS["int8-row"], random_rows(30_011, 72)
+    encoded = codec.encode(values)
+    path = tmp_path / "t"
+    with pytest.raises(KeyboardInterrupt), RowWriter(path, len(values), 72, codec, 3, keep=True) as writer:
+        writer.append(encoded[:500])
+        writer.sync()
+        raise KeyboardInterrupt
+    LEFT[case](tmp_path / "t.partial")
+    with RowWriter(path, len(values), 72, codec, 3, resume=500) as writer:
+        assert writer.count == 0
+        writer.append(encoded)
+    write(tmp_path / "whole", values, "int8-row")
+    assert path.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("resume", [0, 30_012])
+def test_a_writer_begins_anew_where_nothing_fits(tmp_path: Path, resume: int) -> None:
+    codec, values = CODECS["int8-row"], random_rows(30_011, 72)
+    (tmp_path / "t.partial").write_bytes(b"\xff" * 5_000_000)
+    with RowWriter(tmp_path / "t", len(values), 72, codec, 3, resume=resume) as writer:
+        writer.append(codec.encode(values))
+    write(tmp_path / "whole", values, "int8-row")
+    assert (tmp_path / "t").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_full_disk_is_reported_by_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails in a thread behind comes out in front, and no file stays."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    codec, values = CODECS["f32"], random_rows(100, 64)
+    with pytest.raises(OSError, match="No space left"), RowWriter(tmp_path / "t", 100, 64, codec, 0) as writer:
+        monkeypatch.setattr(os, "pwrite", full)
+        writer.append(codec.encode(values))
+    assert not list(tmp_path.iterdir())

@@ -81,16 +81,97 @@ template <class F> inline bool each_group(const float* x, int64_t D, F f) {
     return good;
 }
 
-// max|x| / 127 and the steps x * (1 / scale), rounded half away from zero.
-inline bool int8_group(const float* x, int8_t* steps, uint8_t* scale_out) {
-    const uint32_t most = largest_bits(x, GROUP);
-    const float scale = bits_to_float(most) / 127.0f, inverse = finite_reciprocal(scale);
+// The bits of the largest |x| of 8 groups: four lanes of each, then four groups at a time across.
+using Four = int32_t __attribute__((vector_size(16)));
+using Lanes = int32_t __attribute__((vector_size(4 * (W < 8 ? 4 : 8))));
+template <class T> inline T larger(T a, T b) { return a > b ? a : b; }
+inline void largest_of_each(const float* x, uint32_t* most) {
+    constexpr int LANES_OF = sizeof(Lanes) / 4;
+    Four four[8];
+    for (int k = 0; k < 8; ++k) {
+        Lanes found = {};
+        for (int i = 0; i < GROUP; i += LANES_OF) {
+            Lanes bits;
+            memcpy(&bits, x + k * GROUP + i, sizeof bits);
+            found = larger(found, bits & int32_t(MAGNITUDE));
+        }
+        Four part[sizeof(Lanes) / 16];
+        memcpy(part, &found, sizeof found);
+        four[k] = sizeof(Lanes) == 16 ? part[0] : larger(part[0], part[sizeof(Lanes) / 16 - 1]);
+    }
+    for (int k = 0; k < 8; k += 4) {
+        const Four a = four[k], b = four[k + 1], c = four[k + 2], d = four[k + 3];
+        const Four ab = larger(Four{a[0], b[0], a[1], b[1]}, Four{a[2], b[2], a[3], b[3]});
+        const Four cd = larger(Four{c[0], d[0], c[1], d[1]}, Four{c[2], d[2], c[3], d[3]});
+        const Four all = larger(Four{ab[0], ab[1], cd[0], cd[1]}, Four{ab[2], ab[3], cd[2], cd[3]});
+        memcpy(most + k, &all, sizeof all);
+    }
+}
+
+// Scales of up to 8 groups together: one vector division serves them all.
+constexpr int TOGETHER = 8, SOME = W < TOGETHER ? W : TOGETHER;
+using Floats = float __attribute__((vector_size(4 * SOME)));
+using Bits = int32_t __attribute__((vector_size(4 * SOME)));
+
+struct Int8Scales {
+    float inverse[TOGETHER];
+    uint8_t half[2 * TOGETHER];
+
+    // max|x| / 127 of each group, as fp16, and the reciprocal of its fp32 value.
+    inline __attribute__((always_inline)) bool find(const float* x, int64_t count) {
+        uint32_t most[TOGETHER] = {};
+        if (count == TOGETHER) largest_of_each(x, most);
+        else for (int64_t k = 0; k < count; ++k) most[k] = largest_bits(x + k * GROUP, GROUP);
+        float scale[TOGETHER];
+        Bits wrong = {};
+        for (int k = 0; k < TOGETHER; k += SOME) {
+            Floats largest;
+            memcpy(&largest, most + k, sizeof largest);
+            const Floats step = largest / 127.0f;
+            const Bits bits = Bits(1.0f / step);
+            const Bits finite = bits & ((bits & int32_t(MAGNITUDE)) < int32_t(INFINITE));
+            wrong |= Bits(largest) >= int32_t(INFINITE);
+            memcpy(scale + k, &step, sizeof step);
+            memcpy(inverse + k, &finite, sizeof finite);
+        }
+        int32_t any = 0;
+        for (int k = 0; k < SOME; ++k) any |= wrong[k];
+        return put_halves(scale, half) & !any;
+    }
+    static bool put_halves(const float* scale, uint8_t* out) {
+#if defined(__F16C__)
+        const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(scale), _MM_FROUND_TO_NEAREST_INT);
+        _mm_storeu_si128((__m128i*)out, halves);
+        const __m128i top = _mm_set1_epi16(0x7C00);
+        return !_mm_movemask_epi8(_mm_cmpeq_epi16(_mm_and_si128(halves, top), top));
+#else
+        bool good = true;
+        for (int k = 0; k < TOGETHER; ++k) good &= put_half(scale[k], out + 2 * k);
+        return good;
+#endif
+    }
+};
+
+// The steps x * (1 / scale), rounded half away from zero.
+// To add the largest number below one half, with the value's sign, and to cut rounds half away from zero.
+inline void int8_steps(const float* x, float inverse, uint8_t* out) {
+#if defined(__AVX2__)
+    const __m256 factor = _mm256_set1_ps(inverse), sign = _mm256_set1_ps(-0.0f);
+    const __m256 half = _mm256_set1_ps(bits_to_float(0x3EFFFFFFu));
+    __m256i steps[4];
+    for (int i = 0; i < 4; ++i) {
+        const __m256 q = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), factor);
+        steps[i] = _mm256_cvttps_epi32(_mm256_add_ps(q, _mm256_or_ps(_mm256_and_ps(q, sign), half)));
+    }
+    const __m256i low = _mm256_packs_epi32(steps[0], steps[1]), high = _mm256_packs_epi32(steps[2], steps[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing interleaves the halves
+    _mm256_storeu_si256((__m256i*)out, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+    return;
+#endif
     for (int i = 0; i < GROUP; ++i) {
         const float q = x[i] * inverse;
-        // The largest number below one half, with q's sign: adding it and cutting rounds half away from zero.
-        steps[i] = int8_t(int32_t(q + bits_to_float(0x3EFFFFFFu | (float_to_bits(q) & SIGN))));
+        out[i] = uint8_t(int32_t(q + bits_to_float(0x3EFFFFFFu | (float_to_bits(q) & SIGN))));
     }
-    return put_half(scale, scale_out) & (most < INFINITE);
 }
 
 // The value of largest magnitude, the first of equals; `most` takes its bits without the sign.
@@ -148,20 +229,47 @@ struct Int8Row {
 };
 struct Int8 {
     static bool row(const float* x, int64_t D, uint8_t* out) {
-        return each_group(x, D, [&](const float* v, int64_t g, int64_t n) {
-            int8_t steps[GROUP];
-            const bool good = int8_group(v, steps, out + D + g / GROUP * 2);
-            memcpy(out + g, steps, n == GROUP ? GROUP : size_t(n));
-            return good;
-        });
+        Int8Scales scales;
+        bool good = true;
+        int64_t g = 0;
+        for (; g + GROUP <= D; g += TOGETHER * GROUP) {
+            const int64_t count = (D - g) / GROUP < TOGETHER ? (D - g) / GROUP : TOGETHER;
+            if (count == TOGETHER) {  // sizes that the compiler knows
+                good &= scales.find(x + g, TOGETHER);
+                for (int k = 0; k < TOGETHER; ++k) int8_steps(x + g + k * GROUP, scales.inverse[k], out + g + k * GROUP);
+                memcpy(out + D + g / GROUP * 2, scales.half, 2 * TOGETHER);
+                continue;
+            }
+            good &= scales.find(x + g, count);
+            for (int64_t k = 0; k < count; ++k) int8_steps(x + g + k * GROUP, scales.inverse[k], out + g + k * GROUP);
+            memcpy(out + D + g / GROUP * 2, scales.half, size_t(2 * count));
+        }
+        g = D / GROUP * GROUP;
+        if (g < D) {  // the last group is filled up with zeros
+            float last[GROUP] = {};
+            uint8_t steps[GROUP];
+            memcpy(last, x + g, size_t(D - g) * 4);
+            good &= scales.find(last, 1);
+            int8_steps(last, scales.inverse[0], steps);
+            memcpy(out + g, steps, size_t(D - g));
+            memcpy(out + D + g / GROUP * 2, scales.half, 2);
+        }
+        return good;
     }
 };
 struct GgufQ8 {
     static bool row(const float* x, int64_t D, uint8_t* out) {
-        return each_group(x, D, [&](const float* v, int64_t g, int64_t) {
-            uint8_t* block = out + g / GROUP * 34;
-            return int8_group(v, reinterpret_cast<int8_t*>(block + 2), block);
-        });
+        Int8Scales scales;
+        bool good = true;
+        for (int64_t g = 0; g < D; g += TOGETHER * GROUP) {
+            const int64_t count = (D - g) / GROUP < TOGETHER ? (D - g) / GROUP : TOGETHER;
+            good &= scales.find(x + g, count);
+            for (int64_t k = 0; k < count; ++k, out += 34) {
+                memcpy(out, scales.half + 2 * k, 2);
+                int8_steps(x + g + k * GROUP, scales.inverse[k], out + 2);
+            }
+        }
+        return good;
     }
 };
 

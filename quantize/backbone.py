@@ -1,0 +1,156 @@
+"""A backbone in fewer bits, apart from the tables: int8 and int4 through torchao, GGUF types through llama.cpp."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engram import EngramError, Progress
+from engram.builders.backbone import BackboneRef
+from engram.builders.fetch import hash_file
+
+INT_KINDS = ("int8", "int4")
+GROUPS = (32, 64, 128)
+FOLDER = "backbone"
+
+
+class QuantizeBackboneError(EngramError):
+    """A backbone that cannot be stored in the wanted type."""
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which backbone, in which type, and where the folder `backbone/` goes.
+
+    kind: `int8`, `int4`, or a GGUF type such as `q4_k_m` (gguf_types lists them). beside: the folder that an embedded
+    reference is relative to. out: the folder in which `backbone/` is made; the caller makes it whole.
+    int4: group, the inputs that share a scale. int: head, quantize the output head too (a tied one gets a copy).
+    GGUF: tensor_types, (pattern, type) pairs of which the first match counts; embedding_type and output_type, types of
+    those two tensors; importance, an importance matrix (imatrix.gguf); requantize, allow a source that is quantized.
+    """
+
+    source: BackboneRef
+    beside: Path
+    out: Path
+    kind: str
+    group: int = 32
+    head: bool = False
+    tensor_types: tuple[tuple[str, str], ...] = field(default=())
+    embedding_type: str | None = None
+    output_type: str | None = None
+    importance: Path | None = None
+    requantize: bool = False
+    threads: int = 0
+
+
+def quantize_backbone(config: BackboneConfig, progress: Progress | None = None) -> tuple[dict[str, Any], BackboneRef]:
+    """Write `config.out / "backbone"` and return its report and the reference to it (kind "embedded").
+
+    Report: "type", "bytes_before" and "bytes" (files), "modules" (name → type), "left" (name → type of what stays
+    float), "seconds"; for int kinds "resident_before" and "resident" (bytes of the weights in memory). Raises
+    QuantizeBackboneError for a type that is unknown or that the source does not allow, BackboneError for a source that
+    is altered or cannot be loaded.
+    """
+    begin = time.monotonic()
+    progress = progress or Progress()
+    if config.source.files(config.beside):
+        with progress.task("hash the backbone"):
+            config.source.verify(config.beside)
+    if config.kind in INT_KINDS:
+        report = _to_int(config, progress)
+    else:
+        from engram.quantize.backbone_gguf import to_gguf
+
+        report = to_gguf(config, progress)
+    folder = config.out / FOLDER
+    hashes = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    made = BackboneRef("embedded", FOLDER, config.source.dtype, hashes)
+    return {"type": config.kind, **report, "bytes": size, "seconds": time.monotonic() - begin}, made
+
+
+def _to_int(config: BackboneConfig, progress: Progress) -> dict[str, Any]:
+    """The model through torchao, linear layer by linear layer, written as backbone_int.py says."""
+    from torch import nn
+
+    from engram.builders.backbone import INT_MARK, forget_gguf, load_backbone
+    from engram.builders.backbone_int import put_weight, stored_form, torchao_form, write_int_folder
+
+    if config.group not in GROUPS:
+        raise QuantizeBackboneError(f"group {config.group} is not known", hint=f"use one of {GROUPS}")
+    before = source_bytes(config)
+    with progress.task("load the backbone"):
+        model = load_backbone(config.source, config.beside)
+    forget_gguf(model)
+    resident_before = resident_bytes(model)
+    head = model.get_output_embeddings()
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and (config.head or module is not head)
+    }
+    if not layers:
+        raise QuantizeBackboneError(
+            f"backbone {config.source.path} has no float linear layer to quantize",
+            hint=f"it holds {INT_MARK} already: take the float backbone" if _is_int(config) else "",
+        )
+    if config.head and head is not None and model.config.get_text_config().tie_word_embeddings:
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
+    stored, types = {}, {}
+    with progress.task(f"backbone to {config.kind}", len(layers), "layers") as task:
+        for name, layer in layers.items():
+            types[name] = _type_of(config, layer)
+            if types[name]["type"] in INT_KINDS:
+                stored[name] = stored_form(layer.weight, types[name]["type"], types[name].get("group", 0))
+                weight = torchao_form(stored[name], types[name].get("group", 0), layer.weight.dtype)
+                put_weight(model, name, weight)
+            task.advance()
+    types = {name: entry for name, entry in types.items() if name in stored}
+    folder = config.out / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    write_int_folder(folder, model, stored, types)
+    model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    left = {name: str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters()
+            if name.removesuffix(".weight") not in stored}  # fmt: skip
+    modules = {name: f"int4 g{entry['group']}" if "group" in entry else "int8" for name, entry in types.items()}
+    return {
+        "bytes_before": before, "modules": modules, "left": left,
+        "resident_before": resident_before, "resident": resident_bytes(model),
+    }  # fmt: skip
+
+
+def _type_of(config: BackboneConfig, layer: Any) -> dict[str, Any]:
+    """int4 where a whole number of groups fits the layer's inputs and the kernel its outputs; else int8."""
+    groups = [group for group in GROUPS if group <= config.group and layer.in_features % group == 0]
+    if config.kind == "int4" and groups and layer.out_features % 16 == 0:
+        return {"type": "int4", "group": groups[-1]}
+    return {"type": "int8"}
+
+
+def _is_int(config: BackboneConfig) -> bool:
+    from engram.builders.backbone import INT_MARK
+
+    return INT_MARK in config.source.sha256
+
+
+def source_bytes(config: BackboneConfig) -> int:
+    """Bytes of the source's weight files; 0 for a hub name."""
+    files = config.source.files(config.beside).values()
+    return sum(path.stat().st_size for path in files if path.suffix in (".safetensors", ".gguf"))
+
+
+def resident_bytes(model: Any) -> int:
+    """Bytes that a model's parameters and buffers hold in memory, each storage once, inside torchao's tensors too."""
+    sizes: dict[int, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
+        for part in [getattr(tensor, name) for name in names] or [tensor]:
+            sizes[part.untyped_storage().data_ptr()] = part.numel() * part.element_size()
+    return sum(sizes.values())
+
+

@@ -7,6 +7,7 @@ files: whatever changes later, no row can come from another class or another pla
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from engram.quantize.page_reader import Ints, Values
 from engram.quantize.row_store import RowStoreError
 from engram.quantize.row_table import VERIFY, Budget, MemoryRows, RowTable
 
+_KEPT_BYTES = 8 << 20  # of scratch memory that a thread keeps
 _BLOCK_BYTES = 4 << 20  # of decoded rows that `decoded_blocks` gives at a time
 
 
@@ -143,7 +145,7 @@ class MixedTable(RowTable):
         out_ND = self._as_rows(out, ticket.rows)
         for share in ticket.shares:
             if (table := self.parts.get(share.number)) is not None:
-                part = out_ND if share.places is None else np.empty((share.rows, self.width), dtype=out_ND.dtype)
+                part = out_ND if share.places is None else _scratch.rows(share.rows, self.width, out_ND.dtype)
                 table.take(share.ticket, part, threads=threads)
                 _put(out_ND, share.places, part)
             else:
@@ -240,6 +242,25 @@ class MixedTable(RowTable):
             raise RowStoreError(f"mixed table {self.path} (layer {self.layer}) is closed")
 
 
+class _Scratch(threading.local):
+    """Memory of each thread for the rows of one class: fresh pages at every call would take longer than decoding."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, dtype=np.uint8)
+
+    def rows(self, count: int, width: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """[count, width], undefined, until the next call."""
+        size = count * width * dtype.itemsize
+        if size > _KEPT_BYTES:
+            return np.empty((count, width), dtype=dtype)
+        if size > self._bytes.size:
+            self._bytes = np.empty(size, dtype=np.uint8)
+        return self._bytes[:size].view(dtype).reshape(count, width)
+
+
+_scratch = _Scratch()
+
+
 def _put(out_ND: NDArray[Any], places: Ints | None, part: NDArray[Any] | None) -> None:
     """What one class has of a request goes to its places of `out`: `part`, or zeros for a class that is dropped."""
     if part is None:
@@ -262,7 +283,7 @@ class _MixedRows:
             if (held := self._held.get(share.number)) is not None:
                 part = out_ND
                 if share.places is not None:
-                    part = np.empty((len(share.ranks), self._width), dtype=out_ND.dtype)
+                    part = _scratch.rows(len(share.ranks), self._width, out_ND.dtype)
                 stored += held.gather(share.ranks[:, None], part, threads=threads)
                 _put(out_ND, share.places, part)
             else:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -221,6 +224,24 @@ def test_a_closed_table_says_so(tmp_path: Path) -> None:
             use()
 
 
+def test_a_closed_table_of_dropped_rows_says_so_too(tmp_path: Path) -> None:
+    path, _, _ = mixed_tables.write(tmp_path, np.full(10, 2, np.uint8))
+    table = MixedTable.open(path)
+    ticket = table.ask(np.arange(10))
+    table.close()
+    for use in (lambda: table.ask(np.arange(3)), lambda: table.take(ticket, np.empty((10, WIDTH), np.float32))):
+        with pytest.raises(RowStoreError, match=r"\(layer 3\) is closed"):
+            use()
+
+
+def test_loading_tells_of_every_row(tmp_path: Path) -> None:
+    path, _, _ = mixed_tables.write(tmp_path, random_classes(300))
+    told: list[int] = []
+    with MixedTable.open(path) as table:
+        table.in_memory(told.append)
+    assert sum(told) == 300
+
+
 def test_the_map_opens_in_stock_safetensors_and_a_copy_is_the_same(tmp_path: Path) -> None:
     class_N = random_classes(1000)
     path, _, entry = mixed_tables.write(tmp_path, class_N)
@@ -235,6 +256,41 @@ def test_the_map_opens_in_stock_safetensors_and_a_copy_is_the_same(tmp_path: Pat
         assert table.file_bytes == sum(p.stat().st_size for p in table.paths) and len(table.paths) == 4
     for file in (tmp_path / "tables").iterdir():
         assert file.read_bytes() == (tmp_path / "again" / "tables" / file.name).read_bytes()
+
+
+def test_the_bytes_of_the_map_are_those_of_the_specification(tmp_path: Path) -> None:
+    """FORMAT.md 1.7 written down a second time, row by row."""
+    class_N = random_classes(150, seed=4)
+    path, _, entry = mixed_tables.write(tmp_path, class_N)
+    records, before = b"", [0, 0, 0, 0]
+    for begin in range(0, 150, 64):
+        block = class_N[begin : begin + 64].tolist()
+        low, high = (sum((c >> plane & 1) << i for i, c in enumerate(block)) for plane in (0, 1))
+        records += struct.pack("<QQIIII", low, high, *before[1:], 0)
+        for c in block:
+            before[c] += 1
+    seals = [hashlib.sha256(header_and_sums(tmp_path, n)).hexdigest() if n != 2 else None for n in range(4)]
+    classes = ",".join(
+        f'[\\"{name}\\",1,{before[n]},\\"{seals[n]}\\"]' if name else f"[null,null,{before[n]},null]"
+        for n, name in enumerate(NAMES)
+    )
+    text = (
+        '{"__metadata__":{"format":"engram-mixed","version":"1","width":"40","rows":"150","layer":"3",'
+        f'"classes":"[{classes}]"}},"classes":{{"dtype":"U8","shape":[3,32],"data_offsets":[0,96]}},'
+        '"crc32":{"dtype":"U32","shape":[1],"data_offsets":[96,100]}}'
+    )
+    text += " " * (-(8 + len(text)) % 32)
+    body = struct.pack("<Q", len(text)) + text.encode() + records
+    assert path.read_bytes() == body + struct.pack("<I", zlib.crc32(body))
+    assert [part["seal"] for part in entry["parts"]] == seals
+
+
+def header_and_sums(folder: Path, number: int) -> bytes:
+    """The bytes of a class's file before its first page and behind its last."""
+    content = (folder / "tables" / f"layer-03.{number}.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    pages = json.loads(content[8:begin])["rows"]["shape"][0]
+    return content[:begin] + content[begin + pages * 4096 :]
 
 
 # Writing

@@ -15,6 +15,7 @@ import pytest
 from mixed_tables import WIDTH, random_classes
 from ways import WAYS, flip
 
+from engram import Progress
 from engram.kernels.codecs import CODECS
 from engram.quantize import class_map
 from engram.quantize.mixed_file import ClassFile, MapHeader, read_map
@@ -246,6 +247,18 @@ def test_files_that_change_while_open_give_no_wrong_row(tmp_path: Path, io: str)
             file.write(mixed_rows_of_ones(tmp_path, path))
         with pytest.raises(RowStoreError, match="layer-03.0.safetensors .* was overwritten while in use|is damaged"):
             table.decode(np.arange(ROWS), out)
+
+
+def test_a_class_file_overwritten_before_it_is_copied_is_refused(tmp_path: Path) -> None:
+    """A sound file of the same shape, in the same place: its checksums fit, its seal does not."""
+    path, _, _ = mixed_tables.write(tmp_path, CLASSES)
+    (tmp_path / "again" / "tables").mkdir(parents=True)
+    with MixedTable.open(path) as table:
+        with part(path, 0).open("r+b") as file:
+            file.write(mixed_rows_of_ones(tmp_path, path))
+        with pytest.raises(RowStoreError, match="layer-03.0.safetensors was overwritten while it was copied"):
+            table.copy(tmp_path / "again", Progress())
+    assert not (tmp_path / "again" / "tables" / path.name).exists()
 
 
 def mixed_rows_of_ones(folder: Path, path: Path) -> bytes:

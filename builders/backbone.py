@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
-import logging as python_logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +16,6 @@ from engram.builders.atomic import sync_tree
 from engram.builders.fetch import hash_file
 
 _WEIGHTS = (".safetensors", ".json")
-INT_MARK = "int_weights.json"  # a folder with this file holds int8 or int4 layers: backbone_int.py
 
 
 class BackboneError(EngramError):
@@ -99,6 +96,8 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
     import torch
     from safetensors import SafetensorError
 
+    from engram.builders.backbone_int import MARK, torchao_importable
+
     with torchao_importable(needed=False):  # transformers imports it where it is installed
         from transformers import AutoModelForCausalLM
         from transformers.modeling_utils import PreTrainedModel  # noqa: F401
@@ -112,7 +111,7 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
     elif ref.kind == "gguf":
         source, gguf = str(Path(ref.path).parent), Path(ref.path).name
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if gguf is None and (Path(source) / INT_MARK).is_file():
+    if gguf is None and (Path(source) / MARK).is_file():
         return _load_int(Path(source), wanted)
     options: dict[str, Any] = {"dtype": wanted, "trust_remote_code": False}
     options |= {"gguf_file": gguf} if gguf else {"use_safetensors": True}
@@ -130,7 +129,9 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
             f"backbone {source} lacks the weight {sorted(info['missing_keys'])[0]!r}",
             hint="transformers would start it at random; the file is incomplete or of another architecture",
         )
-    return model.eval().to(wanted)
+    for parameter in model.parameters():  # not buffers: rotary frequencies in bfloat16 would turn far positions wrong
+        parameter.data = parameter.data.to(wanted)
+    return model.eval()
 
 
 def _load_int(folder: Path, wanted: Any) -> Any:
@@ -146,25 +147,6 @@ def _load_int(folder: Path, wanted: Any) -> Any:
             f"backbone {folder} cannot be loaded: {(str(wrong).splitlines() or [repr(wrong)])[0]}",
             hint="the folder is incomplete or altered: quantize the backbone again",
         ) from wrong
-
-
-@contextmanager
-def torchao_importable(*, needed: bool = True) -> Iterator[None]:
-    """Import torchao inside: it warns about GPU libraries that this machine cannot load, none of which is used.
-
-    Raises BackboneError where it is needed and not installed.
-    """
-    if needed and importlib.util.find_spec("torchao") is None:
-        raise BackboneError(
-            "a backbone of int8 or int4 layers needs torchao, which is not installed",
-            hint="pip install 'engram-lm[torchao]'",
-        )
-    before = python_logging.root.manager.disable
-    python_logging.disable(python_logging.WARNING)
-    try:
-        yield
-    finally:
-        python_logging.disable(before)
 
 
 @contextmanager

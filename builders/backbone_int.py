@@ -13,7 +13,11 @@ This form depends on neither, and no float weights are made of it when it is loa
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,8 @@ from torch import Tensor, nn
 
 from engram import EngramError
 from engram.builders.atomic import write_whole
-from engram.builders.backbone import INT_MARK as MARK
-from engram.builders.backbone import torchao_importable
 
+MARK = "int_weights.json"
 WEIGHTS = "int_weights.safetensors"
 FORMAT = "engram-int-weights"
 VERSION = 1
@@ -36,6 +39,25 @@ FEW_ROWS = 16  # up to here torch's int8 kernel beats a float copy of the weight
 
 class IntWeightsError(EngramError):
     """A folder of int8 or int4 weights that is incomplete, or that contradicts itself or its config.json."""
+
+
+@contextmanager
+def torchao_importable(*, needed: bool = True) -> Iterator[None]:
+    """Import torchao inside: it warns about GPU libraries that this machine cannot load, none of which is used.
+
+    Raises IntWeightsError where it is needed and not installed.
+    """
+    if needed and importlib.util.find_spec("torchao") is None:
+        raise IntWeightsError(
+            "a backbone of int8 or int4 layers needs torchao, which is not installed",
+            hint="pip install 'engram-lm[torchao]'",
+        )
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class Int8Linear(nn.Linear):

@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from engram import EngramError, Progress
+from engram import Progress
 from engram.builders.backbone import BackboneRef
 from engram.builders.fetch import hash_file
+from engram.quantize.backbone_config import FOLDER, BackboneConfig, QuantizeBackboneError
+from engram.quantize.backbone_gguf import to_gguf
+
+__all__ = ["BackboneConfig", "QuantizeBackboneError", "quantize_backbone"]
 
 INT_KINDS = ("int8", "int4")
-GROUPS = (32, 64, 128)
-FOLDER = "backbone"
-
-
-class QuantizeBackboneError(EngramError):
-    """A backbone that cannot be stored in the wanted type."""
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """Which backbone, in which type, and where the folder `backbone/` goes.
-
-    kind: `int8`, `int4`, or a GGUF type such as `q4_k_m` (gguf_types lists them). beside: the folder that an embedded
-    reference is relative to. out: the folder in which `backbone/` is made; the caller makes it whole.
-    int4: group, the inputs that share a scale. int: head, quantize the output head too (a tied one gets a copy).
-    GGUF: tensor_types, (pattern, type) pairs of which the first match counts; embedding_type and output_type, types of
-    those two tensors; importance, an importance matrix (imatrix.gguf); requantize, allow a source that is quantized.
-    """
-
-    source: BackboneRef
-    beside: Path
-    out: Path
-    kind: str
-    group: int = 32
-    head: bool = False
-    tensor_types: tuple[tuple[str, str], ...] = field(default=())
-    embedding_type: str | None = None
-    output_type: str | None = None
-    importance: Path | None = None
-    requantize: bool = False
-    threads: int = 0
 
 
 def quantize_backbone(config: BackboneConfig, progress: Progress | None = None) -> tuple[dict[str, Any], BackboneRef]:
@@ -61,8 +32,6 @@ def quantize_backbone(config: BackboneConfig, progress: Progress | None = None) 
     if config.kind in INT_KINDS:
         report = _to_int(config, progress)
     else:
-        from engram.quantize.backbone_gguf import to_gguf
-
         report = to_gguf(config, progress)
     folder = config.out / FOLDER
     hashes = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
@@ -75,8 +44,8 @@ def _to_int(config: BackboneConfig, progress: Progress) -> dict[str, Any]:
     """The model through torchao, linear layer by linear layer, written as backbone_int.py says."""
     from torch import nn
 
-    from engram.builders.backbone import INT_MARK, forget_gguf, load_backbone
-    from engram.builders.backbone_int import put_weight, stored_form, torchao_form, write_int_folder
+    from engram.builders.backbone import forget_gguf, load_backbone
+    from engram.builders.backbone_int import GROUPS, MARK, put_weight, stored_form, torchao_form, write_int_folder
 
     if config.group not in GROUPS:
         raise QuantizeBackboneError(f"group {config.group} is not known", hint=f"use one of {GROUPS}")
@@ -94,7 +63,7 @@ def _to_int(config: BackboneConfig, progress: Progress) -> dict[str, Any]:
     if not layers:
         raise QuantizeBackboneError(
             f"backbone {config.source.path} has no float linear layer to quantize",
-            hint=f"it holds {INT_MARK} already: take the float backbone" if _is_int(config) else "",
+            hint="it is int8 or int4 already: take the float backbone" if MARK in config.source.sha256 else "",
         )
     if config.head and head is not None and model.config.get_text_config().tie_word_embeddings:
         model.config.get_text_config().tie_word_embeddings = False
@@ -126,16 +95,12 @@ def _to_int(config: BackboneConfig, progress: Progress) -> dict[str, Any]:
 
 def _type_of(config: BackboneConfig, layer: Any) -> dict[str, Any]:
     """int4 where a whole number of groups fits the layer's inputs and the kernel its outputs; else int8."""
+    from engram.builders.backbone_int import GROUPS
+
     groups = [group for group in GROUPS if group <= config.group and layer.in_features % group == 0]
     if config.kind == "int4" and groups and layer.out_features % 16 == 0:
         return {"type": "int4", "group": groups[-1]}
     return {"type": "int8"}
-
-
-def _is_int(config: BackboneConfig) -> bool:
-    from engram.builders.backbone import INT_MARK
-
-    return INT_MARK in config.source.sha256
 
 
 def source_bytes(config: BackboneConfig) -> int:

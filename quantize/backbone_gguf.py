@@ -14,13 +14,13 @@ import numpy as np
 
 from engram import Progress
 from engram.builders.gguf_header import read_tensors
-from engram.quantize.backbone import FOLDER, BackboneConfig, QuantizeBackboneError
+from engram.quantize.backbone_config import FOLDER, BackboneConfig, QuantizeBackboneError
 from engram.quantize.backbone_imatrix import Importance, read_importance
 
 TARGET = "model.gguf"
 _FLOAT = ("F32", "F16", "BF16", "F64")
 _NOT_STORED = ("F64", "Q8_1", "Q8_K")  # ggml's intermediates, and what its kernels do not multiply
-_ERROR, _CONTINUED = 3, 5  # ggml_log_level
+_ERROR, _CONTINUED = 4, 5  # ggml_log_level of ggml.h (the binding's comment is older)
 
 
 def _llama_cpp() -> Any:
@@ -89,9 +89,10 @@ def to_gguf(config: BackboneConfig, progress: Progress) -> dict[str, Any]:
         failed, lines = _call(library, source, target, settings, task.advance)
     del kept
     if failed:
+        reason = lines[-1].removeprefix("llama_model_quantize: failed to quantize: ") if lines else "it gives no reason"
         raise QuantizeBackboneError(
-            f"llama.cpp cannot store {source} as {config.kind}: {lines[-1] if lines else 'it gives no reason'}",
-            hint="types below 3 bits need an importance matrix: --importance" if not config.importance else "",
+            f"llama.cpp cannot store {source} as {config.kind}: {reason}",
+            hint="give an importance matrix, collected over your text" if "matrix" in reason else "choose another type",
         )
     after = types_in(target)
     return {

@@ -65,9 +65,11 @@ class Collector:
             hook.remove()
 
     def _counter(self, name: str) -> Any:
+        import torch
+
         def count(module: Any, inputs: tuple[Any, ...]) -> None:
-            rows_RK = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).double()
-            found = rows_RK.square().sum(dim=0).cpu().numpy()
+            rows_RK = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            found = rows_RK.square().sum(dim=0, dtype=torch.float64).cpu().numpy()
             self.sums[name] = self.sums[name] + found if name in self.sums else found
             self.rows[name] = self.rows.get(name, 0) + len(rows_RK)
 

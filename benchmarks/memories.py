@@ -62,7 +62,7 @@ class Memory:
 
 
 MEMORIES = {
-    # the lead's choice: rows of 64 values, 9 x 64 = 576 and 10 x 64 = 640, so that GGUF's blocks of 32 and h4/h2 fit
+    # rows of 64 values (9 x 64 = 576, 10 x 64 = 640): codecs in blocks of 32 and the Hadamard ones take them
     "smollm2-python": Memory("smollm2", "python", (30,), 64, 131_072, heads=9),
     "smollm2-bible": Memory("smollm2", "bible", (30,), 64, heads=9),
     "gemma3-python": Memory("gemma3", "python", (18,), 64, heads=10, fit_tokens=6_144, eval_tokens=32_768),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import struct
+import subprocess
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -15,9 +18,11 @@ from widths import fitting
 from engram.kernels import dispatch
 from engram.kernels.codecs import CODECS, Bytes, CodecError, Floats
 from engram.kernels.group_codecs import NF4_BOOK, Int8
-from engram.kernels.reference import KernelError
+from engram.kernels.reference import KernelError, _square_sums
 
 CPP = [name for name in dispatch.available() if name != "reference"]
+COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+IN_CPP = ("f32", "bf16", "int8-row", "int8", "nf4", "fp8-e8m0", "q8_0", "q4_0", "iq4_nl")
 SOURCE = Path(__file__).parents[1] / "kernels" / "csrc" / "isa" / "encode.cpp"
 WIDTHS = (1, 2, 31, 32, 33, 62, 64, 96, 160, 255, 256, 1022)
 
@@ -189,3 +194,24 @@ def test_the_middles_of_the_nf4_book() -> None:
     for number, below, above in zip(numbers, NF4_BOOK[:-1], NF4_BOOK[1:], strict=True):
         middle = (Fraction(float(below)) + Fraction(float(above))) / 2
         assert Fraction(float(number)) <= middle < Fraction(float(np.nextafter(number, np.float32(2))))
+
+
+@pytest.mark.skipif(not (COMPILER and EMULATOR), reason="needs g++-aarch64-linux-gnu and qemu-user (Debian's names)")
+def test_arm_encoders_give_the_bytes_of_numpy(tmp_path: Path) -> None:
+    """Cross-compiled and run under emulation, sums of errors too."""
+    assert COMPILER and EMULATOR
+    flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-static", "-DENGRAM_ISA=neon"]
+    sources = [str(SOURCE), str(Path(__file__).parent / "arm64_encode.cpp")]
+    program = str(tmp_path / "encode")
+    subprocess.run([COMPILER, *flags, f"-I{SOURCE.parents[1]}", *sources, "-o", program], check=True)
+    question, expected = b"", b""
+    for codec in map(CODECS.__getitem__, IN_CPP):
+        for width in (fitting(codec.name, 31), fitting(codec.name, 256)):
+            rows, encoded = cases(codec.name, width)
+            question += struct.pack("<4i", codec.code, width, len(rows), encoded.shape[1]) + rows.tobytes()
+            with np.errstate(over="ignore"):
+                lost, whole = _square_sums(rows[1:] - rows[:-1]), _square_sums(rows[:-1])
+            expected += encoded.tobytes() + lost.tobytes() + whole.tobytes()
+    done = subprocess.run([EMULATOR, program], input=question, capture_output=True, check=True)
+    assert len(done.stdout) == len(expected)
+    assert done.stdout == expected

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-def gather(codec: int, table: NDArray[Any], rows: NDArray[Any], out: NDArray[Any], width: int, threads: int) -> int: ...
+def gather(
+    code: int, factor: float, table: NDArray[Any], rows: NDArray[Any], out: NDArray[Any], width: int, threads: int
+) -> int: ...
 def copy_rows(table: NDArray[Any], rows: NDArray[Any], out: NDArray[Any], threads: int) -> int: ...
 def row_bytes(codec: int, width: int) -> int: ...
 def can_encode(codec: int) -> bool: ...
@@ -67,7 +69,8 @@ class PageReader:
         self,
         ticket: PageTicket,
         out: NDArray[np.float32] | NDArray[np.uint16],
-        codec: int,
+        code: int,
+        factor: float,
         width: int,
         threads: int,
         begin: int,

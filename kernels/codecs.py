@@ -2,7 +2,7 @@
 
 A row's values and its scales lie together, so that one read fetches both. All numbers are little-endian. Encoding is
 deterministic; decoding is defined for every bit pattern, so that another implementation can be compared bit by bit.
-This file: the registry and the codecs with at most one scale a row. Others: group_codecs.py, gguf_codecs.py.
+This file: the registry and the plain codecs. Others: group_codecs.py, gguf_codecs.py, hadamard_codecs.py, fp_codecs.py.
 
 Shape letters: N rows, D width (values a row), K bytes a row.
 """
@@ -27,10 +27,12 @@ from engram.kernels.codec_base import (
     put_bits,
     put_products,
 )
+from engram.kernels.fp_codecs import Fp8E8m0, Fp8Row, Fp8Tensor, Nvfp4, fitted, with_bits
 from engram.kernels.gguf_codecs import Q4_0, Q8_0, Iq4Nl
-from engram.kernels.group_codecs import Fp8E8m0, Int8, Nf4
+from engram.kernels.group_codecs import Int8, Nf4
+from engram.kernels.hadamard_codecs import H2, H3, H4
 
-__all__ = ["CODECS", "Bytes", "Codec", "CodecError", "Decoded", "Floats", "find_codec"]
+__all__ = ["CODECS", "Bytes", "Codec", "CodecError", "Decoded", "Floats", "find_codec", "with_factor"]
 
 _SCALE_BYTES = 4
 
@@ -40,7 +42,7 @@ class Codec(Protocol):
 
     @property
     def name(self) -> str:
-        """The codec's id."""
+        """The codec's id in files; with a colon and the factor's bits where the codec has one."""
 
     @property
     def version(self) -> int:
@@ -53,6 +55,10 @@ class Codec(Protocol):
     @property
     def group(self) -> int | None:
         """Values that share a scale (the last group of a row may be shorter); None where a row has one or none."""
+
+    @property
+    def factor(self) -> float:
+        """What every value of the table is multiplied by, an fp32 number; 1 where the codec has no such factor."""
 
     def row_bytes(self, width: int) -> int:
         """Bytes of one row; CodecError for a width that the codec cannot hold."""
@@ -76,6 +82,7 @@ class Float32:
     version: int = 1
     code: int = 0
     group: int | None = None
+    factor: float = 1.0
 
     def row_bytes(self, width: int) -> int:
         return 4 * checked_width(width)
@@ -98,6 +105,7 @@ class BFloat16:
     version: int = 1
     code: int = 1
     group: int | None = None
+    factor: float = 1.0
 
     def row_bytes(self, width: int) -> int:
         return 2 * checked_width(width)
@@ -127,6 +135,7 @@ class Int8Row:
     version: int = 1
     code: int = 2
     group: int | None = None
+    factor: float = 1.0
 
     def row_bytes(self, width: int) -> int:
         return checked_width(width) + _SCALE_BYTES
@@ -148,22 +157,34 @@ class Int8Row:
 
 
 _ALL: tuple[Codec, ...] = (
-    Float32(), BFloat16(), Int8Row(), Int8(), Nf4(), Fp8E8m0(), Q8_0(), Q4_0(), Iq4Nl(),
+    Float32(), BFloat16(), Int8Row(), Int8(), Nf4(), Fp8E8m0(), Q8_0(), Q4_0(), Iq4Nl(), H4, H3, H2, Fp8Row(),
+    Fp8Tensor(), Nvfp4(),
 )  # fmt: skip
-CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}
+CODECS: dict[str, Codec] = {codec.name.partition(":")[0]: codec for codec in _ALL}  # those with a factor: with 1
 
 
 def find_codec(name: str, version: int | None = None) -> Codec:
-    """The codec of that name; CodecError where this release has none, or has another version of it than asked."""
-    codec = CODECS.get(name)
-    if codec is None:
+    """The codec of that name; CodecError where this release has none, or has another version of it than asked.
+
+    A codec with a factor is found by the whole name that a file has: `fp8-tensor:3950b4f1`.
+    """
+    plain, colon, bits = name.partition(":")
+    codec = CODECS.get(plain)
+    if codec is None or colon and not isinstance(codec, (Fp8Tensor, Nvfp4)):
         raise CodecError(f"row codec {name!r} is not known", hint="use one of: " + ", ".join(CODECS))
+    if isinstance(codec, (Fp8Tensor, Nvfp4)):
+        codec = with_bits(codec, bits)
     if version is not None and version != codec.version:
         raise CodecError(
             f"row codec {name!r} has version {version}, this release knows version {codec.version}",
             hint="use the release of engram that wrote it, or quantize again from the float checkpoint",
         )
     return codec
+
+
+def with_factor(codec: Codec, largest: float) -> Codec:
+    """The codec for a table whose largest magnitude is `largest`: with its factor chosen, where it has one."""
+    return fitted(codec, largest) if isinstance(codec, (Fp8Tensor, Nvfp4)) else codec
 
 
 def _steps(rows_ND: Floats, scale_N1: Floats, lowest: int, highest: int) -> NDArray[np.int8]:

@@ -43,7 +43,7 @@ def gather(
     """Rows of a table in memory, decoded, those of the last axis side by side; `threads` 0 takes all that there are."""
     rows, out, width = prepare_gather(codec, table_NK, rows, out, width)
     if rows.size:
-        wrong = _C.gather(codec.code, table_NK, rows, out, width, threads)
+        wrong = _C.gather(codec.code, codec.factor, table_NK, rows, out, width, threads)
         if wrong >= 0:
             raise row_outside(rows, wrong, len(table_NK))
     return out

@@ -44,6 +44,7 @@ class Q8_0:
     version: int = 1
     code: int = 6
     group: int | None = GROUP
+    factor: float = 1.0
 
     def row_bytes(self, width: int) -> int:
         return _blocks(self.name, width) * (2 + GROUP)
@@ -73,6 +74,7 @@ class Q4_0:
     version: int = 1
     code: int = 7
     group: int | None = GROUP
+    factor: float = 1.0
 
     def row_bytes(self, width: int) -> int:
         return _blocks(self.name, width) * (2 + GROUP // 2)
@@ -103,6 +105,7 @@ class Iq4Nl:
     version: int = 1
     code: int = 8
     group: int | None = GROUP
+    factor: float = 1.0
 
     def row_bytes(self, width: int) -> int:
         return _blocks(self.name, width) * (2 + GROUP // 2)

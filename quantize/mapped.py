@@ -104,7 +104,6 @@ class RowTable(ABC):
         self.codec, self.rows, self.width, self.layer = codec, rows, width, layer
         self.row_bytes = codec.row_bytes(width)
         self.budget: Budget | None = None
-        self._code = codec.code
         self._handles, self._places = list(handles), places
         self._reader: PageReader
         self._reader, self.io, self.why = open_reader(places, codec, verify=verify != "off", io=io)
@@ -139,12 +138,13 @@ class RowTable(ABC):
         A ticket may be taken from any number of times. Raises RowStoreError where a page does not match its checksum or
         a file was truncated, and for an `out` of another size or kind; what `out` holds is then undefined.
         """
+        row = self.codec.code, self.codec.factor, self.width
         try:
             if self.budget is None:
-                wrong = self._reader.take(ticket, out, self._code, self.width, threads, 0, -1)
+                wrong = self._reader.take(ticket, out, *row, threads, 0, -1)
             else:
                 for begin, end in self._pieces(ticket, self.budget):
-                    wrong = self._reader.take(ticket, out, self._code, self.width, threads, begin, end)
+                    wrong = self._reader.take(ticket, out, *row, threads, begin, end)
                     self.budget.settle()
                     if wrong is not None:
                         break

@@ -91,7 +91,7 @@ class PageReader(Protocol):
         """A ticket, or the place (int) of the first id outside the table. The device is asked in the background."""
 
     def take(
-        self, ticket: Any, out: Values, codec: int, width: int, threads: int, begin: int, end: int
+        self, ticket: Any, out: Values, code: int, factor: float, width: int, threads: int, begin: int, end: int
     ) -> Outcome:
         """Wait, verify, and decode rows begin … end (-1: all) of the ticket into their places of `out` [N, D]."""
 
@@ -215,7 +215,7 @@ class NumpyReader:
         return _Ticket(starts, asked, rows.size)
 
     def take(
-        self, ticket: _Ticket, out: Values, codec: int, width: int, threads: int, begin: int, end: int
+        self, ticket: _Ticket, out: Values, code: int, factor: float, width: int, threads: int, begin: int, end: int
     ) -> Outcome:
         _check_out(out, ("float32", "uint16"), ticket.size * width)
         end = ticket.size if end < 0 else end

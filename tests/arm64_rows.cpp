@@ -15,7 +15,7 @@ int main() {
         if (fread(table.data(), 1, table.size(), stdin) != table.size()) return 3;
         std::vector<const uint8_t*> rows;
         for (int32_t i = 0; i < head[2]; ++i) rows.push_back(table.data() + i * bytes);
-        engram::decode_rows(head[0], head[1], rows.data(), head[2], out.data(), head[3] != 0);
+        engram::decode_rows({head[0], 0.37f}, head[1], rows.data(), head[2], out.data(), head[3] != 0);
         fwrite(out.data(), 1, out.size(), stdout);
     }
     return 0;

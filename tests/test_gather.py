@@ -14,7 +14,7 @@ from engram.kernels.codecs import CODECS
 from engram.kernels.reference import KernelError
 
 CPP = [path for path in dispatch.available() if path != "reference"]
-WIDTHS = (2, 10, 32, 40, 64, 72, 160, 256, 288)
+WIDTHS = (2, 10, 16, 30, 32, 40, 64, 72, 80, 128, 160, 256, 288, 512, 1024)
 
 
 def _holds(name: str, width: int) -> bool:

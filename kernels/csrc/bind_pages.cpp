@@ -100,19 +100,19 @@ nb::object run(PageReader& reader, Ticket& ticket, Sink sink, int64_t each, int6
     return told(outcome);
 }
 
-nb::object take(PageReader& reader, Ticket& ticket, nb::handle out, int codec, int64_t width, int threads, int64_t begin,
-                int64_t end) {
+nb::object take(PageReader& reader, Ticket& ticket, nb::handle out, int code, float factor, int64_t width, int threads,
+                int64_t begin, int64_t end) {
     Buffer to(out, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | PyBUF_WRITABLE);
     const bool bf16 = to.kind() == 'H' && to.view.itemsize == 2;
     if (!bf16 && !(to.kind() == 'f' && to.view.itemsize == 4)) throw nb::value_error("out must be float32 or uint16");
-    if (row_bytes(codec, width) != reader.row_bytes()) throw nb::value_error("the codec's rows are not the table's");
-    Sink sink{static_cast<uint8_t*>(to.view.buf), codec, width, bf16, threads};
+    if (row_bytes(code, width) != reader.row_bytes()) throw nb::value_error("the codec's rows are not the table's");
+    Sink sink{static_cast<uint8_t*>(to.view.buf), {code, factor}, width, bf16, threads};
     return run(reader, ticket, sink, width * (bf16 ? 2 : 4), to.view.len, begin, end);
 }
 
 nb::object copy(PageReader& reader, Ticket& ticket, nb::handle out, int threads, int64_t begin, int64_t end) {
     Buffer to(out, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | PyBUF_WRITABLE);
-    Sink sink{static_cast<uint8_t*>(to.view.buf), -1, 0, false, threads};
+    Sink sink{static_cast<uint8_t*>(to.view.buf), {}, 0, false, threads};
     return run(reader, ticket, sink, reader.row_bytes(), to.view.len, begin, end);
 }
 

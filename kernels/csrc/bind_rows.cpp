@@ -48,9 +48,9 @@ template <class Work> void over_addresses(const Table& table, const int64_t* ids
     });
 }
 
-int64_t gather(int codec, const Table& table, const Ids& ids, const Out& out, int64_t width, int threads) {
+int64_t gather(int code, float factor, const Table& table, const Ids& ids, const Out& out, int64_t width, int threads) {
     const bool bf16 = out.dtype() == nb::dtype<uint16_t>();
-    const int64_t bytes = row_bytes(codec, width);
+    const int64_t bytes = code < 0 || code >= CODEC_COUNT ? -1 : row_bytes(code, width);
     const int64_t n = int64_t(ids.size());
     if (bytes < 0 || int64_t(table.shape(1)) != bytes || table.stride(1) != 1)
         throw std::invalid_argument("the table's rows are not this codec's");
@@ -62,7 +62,7 @@ int64_t gather(int codec, const Table& table, const Ids& ids, const Out& out, in
     uint8_t* target = static_cast<uint8_t*>(out.data());
     const int64_t each = width * (bf16 ? 2 : 4);
     over_addresses(table, ids.data(), n, threads, [&](const uint8_t* const* at, int64_t i, int64_t count, int64_t known) {
-        decode_rows(codec, width, at, count, known, target + i * each, bf16);
+        decode_rows({code, factor}, width, at, count, known, target + i * each, bf16);
     });
     return -1;
 }
@@ -101,8 +101,8 @@ bool use(const std::string& name) {
 }  // namespace
 
 void bind_rows(nb::module_& m) {
-    m.def("gather", &gather, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
-          nb::arg(), nb::arg());
+    m.def("gather", &gather, nb::arg().noconvert(), nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(),
+          nb::arg().noconvert(), nb::arg(), nb::arg());
     m.def("copy_rows", &copy, nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg());
     m.def("row_bytes", [](int codec, int64_t width) {
         return codec < 0 || codec >= CODEC_COUNT ? -1 : row_bytes(codec, width);

@@ -12,7 +12,7 @@ namespace engram {
 // `known` >= n addresses are valid and may be prefetched.
 struct RowTable {
     void (*decode[CODEC_COUNT])(int64_t bytes, int64_t width, const uint8_t* const* rows, int64_t n, int64_t known,
-                                void* out, bool bf16);
+                                float factor, void* out, bool bf16);
     void (*copy)(int64_t bytes, const uint8_t* const* rows, int64_t n, int64_t known, uint8_t* out);
 };
 

@@ -133,9 +133,9 @@ int64_t PageReader::ask(const int64_t* rows, int64_t n, const std::shared_ptr<Ti
 void PageReader::make_rows(const uint8_t* const* address, int64_t n, int64_t apart, const Sink& sink,
                            std::atomic<const void*>& fault) const {
     const int64_t parts = static_cast<int64_t>(places_.parts.size());
-    const int64_t each = sink.codec < 0 ? row_bytes_ : sink.width * (sink.bf16 ? 2 : 4);
+    const int64_t each = sink.codec.code < 0 ? row_bytes_ : sink.width * (sink.bf16 ? 2 : 4);
     const auto emit = [&](const uint8_t* const* from, int64_t count, int64_t first) {
-        if (sink.codec < 0) copy_rows(row_bytes_, from, count, sink.out + first * each);
+        if (sink.codec.code < 0) copy_rows(row_bytes_, from, count, sink.out + first * each);
         else decode_rows(sink.codec, sink.width, from, count, sink.out + first * each, sink.bf16);
     };
     const auto piece = [&](int64_t begin, int64_t end) {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "fork.h"
+#include "rows.h"
 
 namespace engram {
 
@@ -87,7 +88,7 @@ struct Ticket {
 // What take() makes of the rows.
 struct Sink {
     uint8_t* out = nullptr;
-    int codec = -1;  // -1: copy the bytes
+    RowCodec codec;  // code -1: copy the bytes
     int64_t width = 0;
     bool bf16 = false;
     int threads = 1;

@@ -18,12 +18,20 @@ int64_t row_bytes(int codec, int64_t width) {
         case Q8_0: return width % 32 ? -1 : groups * 34;
         case Q4_0:
         case IQ4_NL: return width % 32 ? -1 : groups * 18;
+        case H4: return width % 2 ? -1 : width / 2 + 2;
+        case H3: return width % 8 ? -1 : width / 8 * 3 + 2;
+        case H2: return width % 4 ? -1 : width / 4 + 2;
+        case FP8_ROW: return width + 4;
+        case FP8_TENSOR: return width;
+        case NVFP4: return width % 16 ? -1 : width / 16 * 9;
         default: return -1;
     }
 }
 
-void decode_rows(int codec, int64_t width, const uint8_t* const* rows, int64_t n, int64_t known, void* out, bool bf16) {
-    active_table().rows->decode[codec](row_bytes(codec, width), width, rows, n, known, out, bf16);
+void decode_rows(RowCodec codec, int64_t width, const uint8_t* const* rows, int64_t n, int64_t known, void* out,
+                 bool bf16) {
+    active_table().rows->decode[codec.code](row_bytes(codec.code, width), width, rows, n, known, codec.factor, out,
+                                              bf16);
 }
 
 void copy_rows(int64_t bytes, const uint8_t* const* rows, int64_t n, int64_t known, uint8_t* out) {

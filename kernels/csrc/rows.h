@@ -6,15 +6,23 @@
 namespace engram {
 
 // The numbers are Codec.code in kernels/codecs.py.
-enum Codec : int { F32 = 0, BF16, INT8_ROW, INT8, NF4, FP8_E8M0, Q8_0, Q4_0, IQ4_NL, CODEC_COUNT };
+enum Codec : int { F32 = 0, BF16, INT8_ROW, INT8, NF4, FP8_E8M0, Q8_0, Q4_0, IQ4_NL, H4, H3, H2, FP8_ROW,
+                   FP8_TENSOR, NVFP4, CODEC_COUNT };
+
+// How rows are encoded: the codec, and the table-wide factor of those that have one (1 otherwise).
+struct RowCodec {
+    int code = -1;
+    float factor = 1;
+};
 
 // Bytes of one row, or -1 for a width that the codec cannot hold.
 int64_t row_bytes(int codec, int64_t width);
 
 // Decode n rows; row i lies at rows[i]. `out` takes n * width values, fp32 or (rounded to nearest even) bf16.
 // `known` >= n addresses are valid: the rows behind the n-th are prefetched for the next call. One thread.
-void decode_rows(int codec, int64_t width, const uint8_t* const* rows, int64_t n, int64_t known, void* out, bool bf16);
-inline void decode_rows(int codec, int64_t width, const uint8_t* const* rows, int64_t n, void* out, bool bf16) {
+void decode_rows(RowCodec codec, int64_t width, const uint8_t* const* rows, int64_t n, int64_t known, void* out,
+                 bool bf16);
+inline void decode_rows(RowCodec codec, int64_t width, const uint8_t* const* rows, int64_t n, void* out, bool bf16) {
     decode_rows(codec, width, rows, n, n, out, bf16);
 }
 

@@ -28,6 +28,8 @@ inline uint16_t bf16_of(float f) {
     if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return uint16_t(bits >> 16) | 0x40;
     return uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
+inline void put(float* o, float x) { *o = x; }
+inline void put(uint16_t* o, float x) { *o = bf16_of(x); }
 inline float e4m3_of(uint8_t code) {
     const uint32_t m = code & 0x7Fu, sign = (code & 0x80u) << 24;
     if (m == 0x7Fu) return bits_to_float(QUIET_NAN);
@@ -42,6 +44,10 @@ using B16 = __m128i;
 struct Book { V all; };
 inline V set1(float x) { return _mm512_set1_ps(x); }
 inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+inline V whole(const int16_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p)));
+}
+inline V signed_by(V x, const uint32_t* signs) { return _mm512_xor_ps(x, _mm512_loadu_ps(signs)); }
 inline V load_f32(const uint8_t* p) { return _mm512_loadu_ps(p); }
 inline V load_bf16(const uint8_t* p) {
     const __m256i half = _mm256_loadu_si256((const __m256i*)p);
@@ -90,6 +96,10 @@ using B16 = __m128i;
 struct Book { V low, high; };
 inline V set1(float x) { return _mm256_set1_ps(x); }
 inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+inline V whole(const int16_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+inline V signed_by(V x, const uint32_t* signs) { return _mm256_xor_ps(x, _mm256_loadu_ps((const float*)signs)); }
 inline V load_f32(const uint8_t* p) { return _mm256_loadu_ps((const float*)p); }
 inline V load_bf16(const uint8_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
@@ -130,6 +140,11 @@ using B16 = __m128i;
 struct Book { const float* entries; };
 inline V set1(float x) { return _mm_set1_ps(x); }
 inline V mul(V a, V b) { return _mm_mul_ps(a, b); }
+inline V whole(const int16_t* p) {
+    const __m128i four = _mm_loadl_epi64((const __m128i*)p);
+    return _mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(four, four), 16));
+}
+inline V signed_by(V x, const uint32_t* signs) { return _mm_xor_ps(x, _mm_loadu_ps((const float*)signs)); }
 inline V load_f32(const uint8_t* p) { return _mm_loadu_ps((const float*)p); }
 inline V load_bf16(const uint8_t* p) {
     return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i*)p)));
@@ -179,6 +194,10 @@ using B16 = uint8x16_t;
 struct Book { const float* entries; };
 inline V set1(float x) { return vdupq_n_f32(x); }
 inline V mul(V a, V b) { return vmulq_f32(a, b); }
+inline V whole(const int16_t* p) { return vcvtq_f32_s32(vmovl_s16(vld1_s16(p))); }
+inline V signed_by(V x, const uint32_t* signs) {
+    return vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(x), vld1q_u32(signs)));
+}
 inline V load_f32(const uint8_t* p) { return vreinterpretq_f32_u8(vld1q_u8(p)); }
 inline V load_bf16(const uint8_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(p)), 16)); }
 template <bool ANY_NAN = false> inline void store(float* o, V v) { vst1q_f32(o, v); }
@@ -222,10 +241,47 @@ template <int j> inline V e4m3_part(B16 codes) {
 inline B16 load16(const uint8_t* p) { return vld1q_u8(p); }
 inline B16 low_nibbles(B16 b) { return vandq_u8(b, vdupq_n_u8(15)); }
 inline B16 high_nibbles(B16 b) { return vshrq_n_u8(b, 4); }
+inline B16 in_turn_low(B16 a, B16 b) { return vzip1q_u8(a, b); }
+inline B16 in_turn_high(B16 a, B16 b) { return vzip2q_u8(a, b); }
+template <int shift, int mask> inline B16 bits_of(B16 b) {
+    if constexpr (shift) return vandq_u8(vshrq_n_u8(b, shift), vdupq_n_u8(mask));
+    else return vandq_u8(b, vdupq_n_u8(mask));
+}
+template <int shift> inline B16 with_high(B16 low, B16 high) { return vorrq_u8(low, vshlq_n_u8(high, shift)); }
+inline B16 look_up(B16 bytes, B16 index) { return vqtbl1q_u8(bytes, index); }
+inline void store_steps(int16_t* o, B16 b) {
+    vst1q_s16(o, vmovl_s8(vget_low_s8(vreinterpretq_s8_u8(b))));
+    vst1q_s16(o + 8, vmovl_s8(vget_high_s8(vreinterpretq_s8_u8(b))));
+}
 #else
 inline B16 load16(const uint8_t* p) { return _mm_loadu_si128((const __m128i*)p); }
 inline B16 low_nibbles(B16 b) { return _mm_and_si128(b, _mm_set1_epi8(15)); }
 inline B16 high_nibbles(B16 b) { return _mm_and_si128(_mm_srli_epi16(b, 4), _mm_set1_epi8(15)); }
+inline B16 in_turn_low(B16 a, B16 b) { return _mm_unpacklo_epi8(a, b); }  // a0 b0 a1 b1 … of the lower halves
+inline B16 in_turn_high(B16 a, B16 b) { return _mm_unpackhi_epi8(a, b); }
+template <int shift, int mask> inline B16 bits_of(B16 b) {
+    return _mm_and_si128(_mm_srli_epi16(b, shift), _mm_set1_epi8(mask));
+}
+template <int shift> inline B16 with_high(B16 low, B16 high) { return _mm_or_si128(low, _mm_slli_epi16(high, shift)); }
+inline B16 look_up(B16 bytes, B16 index) {  // 16 bytes by index 0 … 15
+#if defined(__SSSE3__)
+    return _mm_shuffle_epi8(bytes, index);
+#else
+    alignas(16) uint8_t from[16], at[16];
+    _mm_store_si128((__m128i*)from, bytes);
+    _mm_store_si128((__m128i*)at, index);
+    for (uint8_t& i : at) i = from[i];
+    return _mm_load_si128((const __m128i*)at);
+#endif
+}
+inline void store_steps(int16_t* o, B16 b) {  // 16 signed bytes as 16-bit numbers
+#if defined(__AVX2__)
+    _mm256_storeu_si256((__m256i*)o, _mm256_cvtepi8_epi16(b));
+#else
+    _mm_storeu_si128((__m128i*)o, _mm_srai_epi16(_mm_unpacklo_epi8(b, b), 8));
+    _mm_storeu_si128((__m128i*)(o + 8), _mm_srai_epi16(_mm_unpackhi_epi8(b, b), 8));
+#endif
+}
 #endif
 
 // A half-precision scale. One that is not finite stands for a damaged group: NaN, whatever it is multiplied by.

@@ -27,6 +27,7 @@ from engram.kernels.reference import (
     row_outside,
 )
 
+_WIDEST = 4096  # values of a row, in a table file and in the C++ decoders
 _LEAST_SLICE = 256  # rows that NumPy encodes at a time where several threads do
 KINDS = {"plain": 0, "sqrt": 1, "copysign": 2}  # GateKind in csrc/gate.h
 
@@ -86,13 +87,12 @@ def _encode_slices(codec: Codec, rows_ND: Singles, table: str, first_row: int, t
 def row_errors(codec: Codec, bytes_NK: Bytes, rows_ND: Singles, *, threads: int = 1) -> tuple[Doubles, Doubles]:
     """reference.row_errors on up to `threads` threads (0: all that there are), block by block in the nearest cache."""
     check_error_rows(codec, bytes_NK, rows_ND)
-    known = _C.row_bytes(codec.code, rows_ND.shape[1]) == bytes_NK.shape[-1]
+    known = rows_ND.shape[1] <= _WIDEST and _C.row_bytes(codec.code, rows_ND.shape[1]) == bytes_NK.shape[-1]
     if not known or bytes_NK.ndim != 2 or bytes_NK.dtype != np.uint8:
         return reference.row_errors(codec, bytes_NK, rows_ND)
     lost, whole = np.empty(len(rows_ND)), np.empty(len(rows_ND))
-    _C.row_errors(
-        codec.code, np.ascontiguousarray(bytes_NK), np.ascontiguousarray(rows_ND), lost, whole, threads
-    )
+    encoded, rows = np.ascontiguousarray(bytes_NK), np.ascontiguousarray(rows_ND)
+    _C.row_errors(codec.code, codec.factor, encoded, rows, lost, whole, threads)
     return lost, whole
 
 

@@ -41,7 +41,7 @@ bool encode(int codec, const Rows& rows, const Bytes& out, int threads) {
     return good;
 }
 
-void row_errors(int codec, const Encoded& encoded, const Rows& rows, const Sums& lost, const Sums& whole, int threads) {
+void row_errors(int codec, float factor, const Encoded& encoded, const Rows& rows, const Sums& lost, const Sums& whole, int threads) {
     const int64_t n = int64_t(rows.shape(0)), width = int64_t(rows.shape(1)), pitch = rows.stride(0);
     const int64_t bytes = codec >= 0 && codec < CODEC_COUNT ? row_bytes(codec, width) : -1;
     if (bytes < 0 || int64_t(encoded.shape(0)) != n || int64_t(encoded.shape(1)) != bytes || rows.stride(1) != 1 ||
@@ -56,7 +56,7 @@ void row_errors(int codec, const Encoded& encoded, const Rows& rows, const Sums&
         for (int64_t i = begin; i < end; i += step) {
             const int64_t count = end - i < step ? end - i : step;
             for (int64_t k = 0; k < count; ++k) at[size_t(k)] = encoded.data() + (i + k) * bytes;
-            decode_rows(codec, width, at.data(), count, back.data(), false);
+            decode_rows({codec, factor}, width, at.data(), count, back.data(), false);
             sum(width, rows.data() + i * pitch, pitch, back.data(), count, lost.data() + i, whole.data() + i);
         }
     });
@@ -67,6 +67,6 @@ void row_errors(int codec, const Encoded& encoded, const Rows& rows, const Sums&
 void bind_encode(nb::module_& m) {
     m.def("can_encode", &can_encode);
     m.def("encode", &encode, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg());
-    m.def("row_errors", &row_errors, nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
+    m.def("row_errors", &row_errors, nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg().noconvert(), nb::arg().noconvert(),
           nb::arg().noconvert(), nb::arg());
 }

@@ -171,7 +171,8 @@ def _sums(a_ND: Floats, b_ND: Floats) -> Doubles:
     """Sums of a * b over each row: exact fp64 products, eight partial sums by column modulo 8, added in pairs."""
     count, width = a_ND.shape
     products = np.zeros((count, -(-width // _PARTIAL_SUMS), _PARTIAL_SUMS))
-    products.reshape(count, -1)[:, :width] = a_ND.astype(np.float64) * b_ND.astype(np.float64)
+    flat = products.reshape(count, products.shape[1] * _PARTIAL_SUMS)  # no -1: there may be no rows
+    flat[:, :width] = a_ND.astype(np.float64) * b_ND.astype(np.float64)
     p: Any = np.zeros((count, _PARTIAL_SUMS))
     for column in range(products.shape[1]):  # one after another: numpy's own sum has another order
         p = p + products[:, column]

@@ -215,7 +215,7 @@ def check_error_rows(codec: Codec, bytes_NK: Bytes, rows_ND: Singles) -> None:
 def _square_sums(values_ND: Singles) -> Doubles:
     count, width = values_ND.shape
     values = np.zeros((count, -(-width // _LANES), _LANES))
-    values.reshape(count, -1)[:, :width] = values_ND
+    values.reshape(count, values.shape[1] * _LANES)[:, :width] = values_ND
     sums = np.zeros((count, _LANES))
     for step in range(values.shape[1]):
         sums += np.square(values[:, step])

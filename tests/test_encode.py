@@ -71,7 +71,7 @@ def odd_rows(width: int) -> Floats:
 
 
 def on_the_edge(width: int, lead: float) -> Floats:
-    """Rows whose groups begin with `lead`, which makes some codec's scale 1, and go on with values where rounding turns:
+    """Rows whose groups begin with `lead`, which makes some codec's scale 1, then values where rounding turns:
 
     halves, sixteenths, middles of the books, and the numbers next to them.
     """
@@ -207,6 +207,20 @@ def test_row_errors_refuse_other_arrays(path: str) -> None:
             dispatch.ops().row_errors(CODECS["int8"], encoded, rows.astype(np.float64))
         with pytest.raises(CodecError, match=r"decodes uint8 \[N, 34\]"):
             dispatch.ops().row_errors(CODECS["int8"], encoded[:, :-1], rows)
+
+
+def test_rows_wider_than_a_table_holds() -> None:
+    """C++ decoders keep a row of at most 4096 values; wider ones go to NumPy."""
+    rows = np.random.default_rng(9).standard_normal((3, 8192)).astype(np.float32)
+    for codec in CODECS.values():
+        encoded = dispatch.ops().encode(codec, rows)
+        assert np.array_equal(encoded, codec.encode(rows))
+        found = dispatch.ops().row_errors(codec, encoded, rows)
+        with dispatch.force("reference"):
+            expected = dispatch.ops().row_errors(codec, encoded, rows)
+        assert np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
+        with dispatch.force("reference"):
+            assert [len(sums) for sums in dispatch.ops().row_errors(codec, encoded[:0], rows[:0])] == [0, 0]
 
 
 def test_the_middles_of_the_nf4_book() -> None:

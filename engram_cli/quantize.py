@@ -22,6 +22,10 @@ class RowCodec(StrEnum):
     q8_0 = "q8_0"
     q4_0 = "q4_0"
     iq4_nl = "iq4_nl"
+    h4 = "h4"
+    h3 = "h3"
+    h2 = "h2"
+    fp8_row = "fp8-row"
     bf16 = "bf16"
     f32 = "f32"
 

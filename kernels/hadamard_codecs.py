@@ -44,7 +44,7 @@ class Hadamard:
 
     `planes` are the bits of a code in each plane, lowest first. A plane of p bits a column takes D * p / 8 bytes; byte
     i has, in its bits k * p and up, column i + k * D * p / 8. `rms` is the book's unit: the scale of encoding makes the
-    rotated row's root mean square this number. Which arithmetic makes the code and the scale: FORMAT.md, 2.4.
+    rotated row's root mean square this number. Which arithmetic makes the code and the scale: FORMAT.md, 2.3.
     """
 
     name: str
@@ -87,8 +87,9 @@ class Hadamard:
         out = checked_out(len(raw), width, out)
         steps = self.steps[self._unpacked(raw[:, :-2], width)]
         sums = butterflies(steps, block_of(width))  # whole numbers below 2^24: exact
-        scale = np.ascontiguousarray(raw[:, -2:]).view("<f2").astype(np.float32) * self.norm(width)
+        scale = np.ascontiguousarray(raw[:, -2:]).view("<f2").astype(np.float32)
         with np.errstate(invalid="ignore"):
+            scale *= self.norm(width)
             values = sums * (column_signs(width) * scale)
         values[~np.isfinite(scale[:, 0])] = NAN
         return put_bits(values.view(np.uint32), out)

@@ -24,7 +24,7 @@ def test_the_factor_of_the_name_is_fp32_bits() -> None:
     assert all(codec.factor == 1 for codec in CODECS.values())
 
 
-@pytest.mark.parametrize("name", ["fp8-tensor", "nvfp4", "nvfp4:", "nvfp4:3950b4f", "nvfp4:3950B4F1", "nvfp4:3950b4f1\n"])
+@pytest.mark.parametrize("name", ["fp8-tensor", "nvfp4", "nvfp4:", "nvfp4:395", "nvfp4:3950B4F1", "nvfp4:3950b4f1\n"])
 def test_a_name_without_its_factor_is_refused(name: str) -> None:
     with pytest.raises(CodecError, match="needs the table's factor in its name, as the 8 lower-case hex") as refused:
         find_codec(name)

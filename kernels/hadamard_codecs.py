@@ -35,6 +35,7 @@ from engram.kernels.codec_base import (
 
 Doubles = NDArray[np.float64]
 
+WIDEST = 4096  # columns, as in table files
 _PARTIAL_SUMS = 8  # of fp64, by column modulo 8
 
 
@@ -63,6 +64,11 @@ class Hadamard:
                 f"codec {self.name!r} stores {step} values in a byte, so the row width {width} must be a multiple of "
                 f"{step}",
                 hint="use int8, or a layout with another head_dim",
+            )
+        if width > WIDEST:
+            raise CodecError(
+                f"codec {self.name!r} rotates at most {WIDEST} columns, the row width is {width}",
+                hint="use int8 or nf4, or a layout with a smaller head_dim",
             )
         return sum(self.planes) * width // 8 + 2
 

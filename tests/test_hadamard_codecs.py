@@ -158,3 +158,13 @@ def test_widths_that_do_not_fill_bytes_are_refused(name: str, width: int, step: 
     rows: Floats = np.zeros((2, width), dtype=np.float32)
     with pytest.raises(CodecError, match=f"row width {width} must be a multiple of {step}"):
         CODECS[name].encode(rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_more_columns_than_a_table_may_have_are_refused(name: str) -> None:
+    assert CODECS[name].row_bytes(4096) == 4096 * sum(PLANES[name]) // 8 + 2
+    with pytest.raises(CodecError, match=f"'{name}' rotates at most 4096 columns, the row width is 4104"):
+        CODECS[name].row_bytes(4104)
+    kernels = pytest.importorskip("engram.kernels._C")
+    widths = [72, 4096, 4104]
+    assert [kernels.row_bytes(CODECS[name].code, w) for w in widths] == [*map(CODECS[name].row_bytes, widths[:2]), -1]

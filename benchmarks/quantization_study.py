@@ -174,10 +174,15 @@ class Study:
             out = self.work / "study" / f"{self.name}-{kind}"
             if not (out / "backbone.json").exists():
                 source = self.checkpoint.backbone
-                made = quantize_backbone(BackboneConfig(source, self.checkpoint.folder, out, kind), self.seen)
-                write_whole(out / "backbone.json", json.dumps(made, default=str).encode())
-            made = json.loads((out / "backbone.json").read_text())
-            reference = BackboneRef.from_json(made["reference"])
+                config = BackboneConfig(source, self.checkpoint.folder, out, kind)
+                report, reference = quantize_backbone(config, self.seen)
+                told = {"report": report, "reference": reference.to_json()}
+                write_whole(out / "backbone.json", json.dumps(told, default=str).encode())
+            told = json.loads((out / "backbone.json").read_text())
+            reference = BackboneRef.from_json(told["reference"])
+            self.found.setdefault("backbones", {})[kind] = {
+                name: told["report"][name] for name in ("type", "bytes_before", "bytes")
+            }
             readout = Readout(float_model(self.checkpoint, reference, out))
             for codec, name in zip((*GRID_TABLES, "none"), names, strict=True):
                 rows = PlannedRows(self.rows, layout, self.uniform(codec)) if codec != "none" else None
@@ -192,7 +197,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0, help="held-out tokens a memory (0: 16,384, for Gemma 6,144)")
     parser.add_argument("--page", type=Path, default=Path("docs/quantization.md"))
     given = parser.parse_args()
-    memories = json.loads((given.work / "memories.json").read_text())["memories"]
+    memories = json.loads((given.work / "memories.json").read_text())
     chosen = [name for name in memories if not given.only or name in given.only.split(",")]
     found = {}
     for name in chosen:

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from engram.kernels.codecs import Codec
+from engram.kernels.fp_codecs import E2M1
 from engram.kernels.gguf_codecs import IQ4_NL_BOOK
 from engram.kernels.group_codecs import NF4_BOOK
+from engram.kernels.hadamard_codecs import H2, H3, H4, Hadamard
 from engram.kernels.reference import KernelError, row_outside
 
 try:
@@ -35,7 +37,7 @@ KINDS = {"plain": 0, "sqrt": 1, "copysign": 2}  # of the gate, as in GateConfig
 FEW_ROWS = 256  # up to here one program takes one row, so that all are in flight at once
 TILE = 2048  # values that one program holds
 HASH_TILE = 16  # positions that one program hashes
-_BOOKS = {"nf4": NF4_BOOK, "iq4_nl": IQ4_NL_BOOK}
+_BOOKS = {4: NF4_BOOK, 8: IQ4_NL_BOOK, 14: E2M1, **{codec.code: codec.steps for codec in (H4, H3, H2)}}  # by code
 _FAULT_WORDS = {1: "row id {} is outside its table", 2: "token id {} is outside the vocabulary"}
 _faults: dict[torch.device, Tensor] = {}
 
@@ -124,13 +126,14 @@ def _launch_gather(codec: Codec, view: RowTable, rows: Tensor, out: Tensor) -> N
         return
     row_bytes = codec.row_bytes(view.width)
     word = {"f32": 4, "bf16": 2}.get(codec.name, 1)
+    factor = float(codec.norm(view.width)) if isinstance(codec, Hadamard) else codec.factor
     wide = _power_of_two(view.width)
     tile = 1 if rows.numel() <= FEW_ROWS else max(1, TILE // wide)
     with _current(rows.device):
         kernels.gather_rows[(-(-rows.numel() // tile),)](
             view.address, rows, out.view(torch.int16 if out.dtype == torch.bfloat16 else torch.int32),
-            _book(codec.name, rows.device), _fault(rows.device), rows.numel(), view.rows, view.rows_per_page,
-            view.pitch, D=view.width, BD=wide, BR=tile, ROW_BYTES=row_bytes, CODE=codec.code,
+            _book(codec.code, rows.device), _fault(rows.device), rows.numel(), view.rows, view.rows_per_page,
+            view.pitch, factor, D=view.width, BD=wide, BR=tile, ROW_BYTES=row_bytes, CODE=codec.code,
             ALIGNED=all(number % word == 0 for number in (view.address, view.pitch, row_bytes)), enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -354,8 +357,8 @@ def _readable(name: str, bytes_NK: Tensor) -> None:
 
 
 @lru_cache(maxsize=64)
-def _book(name: str, device: torch.device) -> Tensor:
-    return torch.tensor(_BOOKS[name].tolist() if name in _BOOKS else [0.0], dtype=torch.float32, device=device)
+def _book(code: int, device: torch.device) -> Tensor:
+    return torch.tensor(_BOOKS[code].tolist() if code in _BOOKS else [0.0], dtype=torch.float32, device=device)
 
 
 def _fault(device: torch.device) -> Tensor:

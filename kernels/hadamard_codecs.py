@@ -35,16 +35,17 @@ from engram.kernels.codec_base import (
 
 Doubles = NDArray[np.float64]
 
+WIDEST = 4096  # columns, as in table files
 _PARTIAL_SUMS = 8  # of fp64, by column modulo 8
 
 
 @dataclass(frozen=True)
-class _Hadamard:
+class Hadamard:
     """value_j = t_j * (sign_j * f): t = the block's Hadamard sums of book[code], f = scale * norm; a fp32 product each.
 
     `planes` are the bits of a code in each plane, lowest first. A plane of p bits a column takes D * p / 8 bytes; byte
     i has, in its bits k * p and up, column i + k * D * p / 8. `rms` is the book's unit: the scale of encoding makes the
-    rotated row's root mean square this number. Which arithmetic makes the code and the scale: FORMAT.md, 2.4.
+    rotated row's root mean square this number. Which arithmetic makes the code and the scale: FORMAT.md, 2.3.
     """
 
     name: str
@@ -64,20 +65,25 @@ class _Hadamard:
                 f"{step}",
                 hint="use int8, or a layout with another head_dim",
             )
+        if width > WIDEST:
+            raise CodecError(
+                f"codec {self.name!r} rotates at most {WIDEST} columns, the row width is {width}",
+                hint="use int8 or nf4, or a layout with a smaller head_dim",
+            )
         return sum(self.planes) * width // 8 + 2
 
     def encode(self, rows_ND: Floats, *, table: str = "table", first_row: int = 0) -> Bytes:
         rows = finite_rows(rows_ND, table, first_row)
         width = rows.shape[1]
         self.row_bytes(width)
-        book = np.array(self.book, np.float32)
+        book = self.steps
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             rotated = butterflies(rows * column_signs(width), block_of(width))
             size = np.sqrt(_sums(rotated, rotated) / width).astype(np.float32)
             to_steps = np.float32(self.rms) * reciprocal(size)
             codes = nearest(book, rotated * to_steps[:, None])
-            steps = book[codes]
-            scale = _sums(rotated, steps) / _sums(steps, steps) * (self.rms / np.sqrt(np.float64(block_of(width))))
+            chosen = book[codes]
+            scale = _sums(rotated, chosen) / _sums(chosen, chosen) * (self.rms / np.sqrt(np.float64(block_of(width))))
             stored = scale.astype(np.float32).astype("<f2")
         self._refuse_large(scale, stored, table, first_row)
         return np.concatenate([*self._packed(codes), stored[:, None].view(np.uint8)], axis=1)
@@ -85,13 +91,19 @@ class _Hadamard:
     def decode(self, bytes_NK: Bytes, width: int, out: Decoded | None = None) -> Decoded:
         raw = checked_bytes(self.name, bytes_NK, self.row_bytes(width), width)
         out = checked_out(len(raw), width, out)
-        steps = np.array(self.book, np.float32)[self._unpacked(raw[:, :-2], width)]
+        steps = self.steps[self._unpacked(raw[:, :-2], width)]
         sums = butterflies(steps, block_of(width))  # whole numbers below 2^24: exact
-        scale = np.ascontiguousarray(raw[:, -2:]).view("<f2").astype(np.float32) * self.norm(width)
+        scale = np.ascontiguousarray(raw[:, -2:]).view("<f2").astype(np.float32)
         with np.errstate(invalid="ignore"):
+            scale *= self.norm(width)
             values = sums * (column_signs(width) * scale)
         values[~np.isfinite(scale[:, 0])] = NAN
         return put_bits(values.view(np.uint32), out)
+
+    @property
+    def steps(self) -> Floats:
+        """The book as fp32."""
+        return np.array(self.book, dtype=np.float32)
 
     def norm(self, width: int) -> np.float32:
         """1 / (rms * sqrt(B)), rounded once to fp32."""
@@ -131,9 +143,9 @@ class _Hadamard:
             )
 
 
-H4 = _Hadamard("h4", 9, (4,), (-104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 36, 48, 62, 79, 104), 38)
-H3 = _Hadamard("h3", 10, (2, 1), (-88, -55, -31, -10, 10, 31, 55, 88), 41)
-H2 = _Hadamard("h2", 11, (2,), (-80, -24, 24, 80), 53)
+H4 = Hadamard("h4", 9, (4,), (-104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 36, 48, 62, 79, 104), 38)
+H3 = Hadamard("h3", 10, (2, 1), (-88, -55, -31, -10, 10, 31, 55, 88), 41)
+H2 = Hadamard("h2", 11, (2,), (-80, -24, 24, 80), 53)
 
 
 def block_of(width: int) -> int:

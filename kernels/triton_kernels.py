@@ -24,6 +24,12 @@ FP8_E8M0 = tl.constexpr(5)
 Q8_0 = tl.constexpr(6)
 Q4_0 = tl.constexpr(7)
 IQ4_NL = tl.constexpr(8)
+H4 = tl.constexpr(9)
+H3 = tl.constexpr(10)
+H2 = tl.constexpr(11)
+FP8_ROW = tl.constexpr(12)
+FP8_TENSOR = tl.constexpr(13)
+NVFP4 = tl.constexpr(14)
 
 BAD_ROW = tl.constexpr(1)  # what the fault words say: [0] one of these, [1] the id
 BAD_TOKEN = tl.constexpr(2)
@@ -72,7 +78,51 @@ def _e8m0(byte):
 
 
 @triton.jit
-def _decoded(row, c, inside, book, D: tl.constexpr, CODE: tl.constexpr, ALIGNED: tl.constexpr):
+def _plane(row, c, inside, D: tl.constexpr, BITS: tl.constexpr):
+    """The codes of a plane: byte i holds column i + k * D * BITS / 8 at bit k * BITS."""
+    each = D * BITS // 8
+    byte = tl.load(row + c % each, mask=inside, other=0).to(tl.int32)
+    return (byte >> (c // each * BITS)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _butterflies(values, BR: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks of BLOCK columns times the Hadamard matrix; the sums are whole fp32 numbers, so their order is free."""
+    STAGES: tl.constexpr = BLOCK.bit_length() - 1
+    for stage in tl.static_range(STAGES):
+        pairs = tl.reshape(values, (BR, BD >> (stage + 1), 2, 1 << stage))
+        a, b = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+        values = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (BR, BD))
+    return values
+
+
+@triton.jit
+def _hadamard(
+    row, c, inside, book, factor, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
+    CODE: tl.constexpr,
+):  # fmt: skip
+    """Bits of h4, h3, h2; `factor` is the codec's norm at this width."""
+    c = c + 0 * row.to(tl.int64)
+    if CODE == H4:
+        code = _plane(row, c, inside, D, 4)
+        scale, bad = _half(row + D // 2 + 0 * c, inside)
+    elif CODE == H3:
+        code = _plane(row, c, inside, D, 2) | (_plane(row + D // 4, c, inside, D, 1) << 2)
+        scale, bad = _half(row + D // 8 * 3 + 0 * c, inside)
+    else:
+        code = _plane(row, c, inside, D, 2)
+        scale, bad = _half(row + D // 4 + 0 * c, inside)
+    sums = _butterflies(tl.load(book + code), BR, BD, BLOCK)
+    h = (c + 1).to(tl.uint32)
+    h = (h ^ (h >> 16)) * 0x85EBCA6B
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    sign = (h ^ (h >> 16)) & 0x80000000
+    signed = ((scale * factor).to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    return tl.where(bad, 0x7FC00000, (sums * signed).to(tl.uint32, bitcast=True))
+
+
+@triton.jit
+def _decoded(row, c, inside, book, own_factor, D: tl.constexpr, CODE: tl.constexpr, ALIGNED: tl.constexpr):
     """The bits, as fp32 (uint32), of columns `c` of the rows at `row`; layouts as in kernels/codecs.py."""
     if CODE == F32:
         if ALIGNED:
@@ -100,6 +150,19 @@ def _decoded(row, c, inside, book, D: tl.constexpr, CODE: tl.constexpr, ALIGNED:
     elif CODE == FP8_E8M0:
         scale, bad_scale = _e8m0(tl.load(row + D + g, mask=inside, other=0))
         factor, bad = _e4m3(tl.load(row + c, mask=inside, other=0))
+    elif CODE == FP8_ROW:
+        word = _bytes_as_word(row + D + 0 * c, inside, 4)
+        scale = word.to(tl.float32, bitcast=True)
+        bad_scale = (word & 0x7F800000) == 0x7F800000
+        factor, bad = _e4m3(tl.load(row + c, mask=inside, other=0))
+    elif CODE == FP8_TENSOR:
+        scale, bad_scale = own_factor, c < 0
+        factor, bad = _e4m3(tl.load(row + c, mask=inside, other=0))
+    elif CODE == NVFP4:
+        pair = tl.load(row + c // 2, mask=inside, other=0).to(tl.int32)
+        group_scale, bad = _e4m3(tl.load(row + D // 2 + c // 16, mask=inside, other=0))
+        factor = tl.load(book + tl.where(c % 2 == 0, pair & 15, pair >> 4)) * group_scale  # exact
+        scale, bad_scale = own_factor, c < 0
     elif CODE == NF4:
         half = tl.minimum(D - 32 * g, 32) // 2  # the last group may be shorter
         scale, bad_scale = _half(row + D // 2 + 2 * g, inside)
@@ -137,7 +200,7 @@ def _as_stored(x, at):
 
 @triton.jit
 def gather_rows(
-    address, rows_R, out_RD, book, fault, slots, table_rows, rows_per_page, pitch,
+    address, rows_R, out_RD, book, fault, slots, table_rows, rows_per_page, pitch, factor,
     D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, ROW_BYTES: tl.constexpr, CODE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +220,10 @@ def gather_rows(
     at = address.to(tl.int64).to(tl.pointer_type(tl.uint8)) + start
     c = tl.arange(0, BD)
     inside = ((slot < slots) & known)[:, None] & (c < D)[None, :]
-    bits = _decoded(at[:, None], c[None, :], inside, book, D, CODE, ALIGNED)
+    if CODE == H4 or CODE == H3 or CODE == H2:
+        bits = _hadamard(at[:, None], c[None, :], inside, book, factor, D, BR, BD, D & -D, CODE)
+    else:
+        bits = _decoded(at[:, None], c[None, :], inside, book, factor, D, CODE, ALIGNED)
     bits = tl.where(known[:, None], bits, 0)
     out = out_RD + slot[:, None] * D + c[None, :]
     keep = (slot < slots)[:, None] & (c < D)[None, :]

@@ -40,12 +40,12 @@ def assembly(kernel: Any, types: str, **constants: int) -> str:
     return code if isinstance(code, str) else code.decode()
 
 
-for code, width in enumerate((64, 160, 256, 160, 72, 256, 160, 256, 160)):
+for code, width in enumerate((64, 160, 256, 160, 72, 256, 160, 256, 160, 256, 256, 160, 64, 160, 256)):
     wide = 1 << (width - 1).bit_length()
     for out, tile, more in (("*i32", 2048 // wide, {}), ("*i16", 1, {"rows_per_page": 1})):
         pages = "" if more else "i32"
         text = assembly(
-            kernels.gather_rows, f"i64 *i64 {out} *fp32 *i64 i32 i64 {pages} i32", D=width, BD=wide, BR=tile,
+            kernels.gather_rows, f"i64 *i64 {out} *fp32 *i64 i32 i64 {pages} i32 fp32", D=width, BD=wide, BR=tile,
             ROW_BYTES=4 * width, CODE=code, ALIGNED=code + tile > 1, **more,
         )  # fmt: skip
         # the bits depend on it: a product is rounded by itself, and subnormals are kept

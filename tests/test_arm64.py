@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_gather import CASES, _random
 
-from engram.kernels.codecs import CODECS
+from engram.kernels.codecs import CODECS, find_codec
 
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 CSRC = Path(__file__).parents[1] / "kernels" / "csrc"
@@ -37,7 +37,8 @@ def test_arm_decoders_equal_the_reference(tmp_path: Path) -> None:
 
     question, expected = b"", b""
     for name, width in CASES:
-        codec, table = CODECS[name], _random(name, width)
+        table = _random(name, width)
+        codec = find_codec(f"{name}:3ebd70a4") if ":" in CODECS[name].name else CODECS[name]  # 0.37f
         for bf16 in (0, 1):
             question += struct.pack("<4i", codec.code, width, len(table), bf16) + table.tobytes()
             out = np.empty((len(table), width), dtype=np.uint16 if bf16 else np.float32)

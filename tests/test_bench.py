@@ -145,9 +145,9 @@ def test_race_gives_everybody_the_same_turns() -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_memory_contenders_equal_the_reference(codec: str) -> None:
-    table = bench_kernels.random_table(find_codec(codec), 9000, 64)
-    both = [bench_kernels.ours(find_codec(codec), table, 64, 32, bf16=bf16) for bf16 in (False, True)]
-    others = [bench_kernels.raw_copy(table, 32), bench_kernels.numpy_decode(find_codec(codec), table, 64, 32)]
+    table = bench_kernels.random_table(CODECS[codec], 9000, 64)
+    both = [bench_kernels.ours(CODECS[codec], table, 64, 32, bf16=bf16) for bf16 in (False, True)]
+    others = [bench_kernels.raw_copy(table, 32), bench_kernels.numpy_decode(CODECS[codec], table, 64, 32)]
     gate([*both, *others], np.random.default_rng(0).integers(0, 9000, 32))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engram.kernels import dispatch
-from engram.kernels.codecs import CODECS
+from engram.kernels.codecs import CODECS, find_codec
 from engram.kernels.reference import KernelError
 
 CPP = [path for path in dispatch.available() if path != "reference"]
@@ -52,6 +52,30 @@ def test_every_codec_equals_the_reference(path: str, name: str, width: int, kind
         assert dispatch.ops().gather(CODECS[name], table, rows, out) is out
     bits = np.uint32 if kind is np.float32 else np.uint16
     np.testing.assert_array_equal(out.view(bits), expected.view(bits))
+
+
+@pytest.mark.parametrize("path", CPP)
+@pytest.mark.parametrize("name", ["fp8-tensor:3950b4f1", "nvfp4:3950b4f1", "nvfp4:7f000000", "fp8-tensor:00000123"])
+def test_the_tables_factor_reaches_the_kernels(path: str, name: str) -> None:
+    """A factor of the world, one that overflows, a subnormal one."""
+    codec, table = find_codec(name), _random(name.partition(":")[0], 80)
+    expected, out = np.empty((len(table), 80), np.float32), np.full((len(table), 80), np.nan, np.float32)
+    codec.decode(table, 80, expected)
+    with dispatch.force(path):
+        dispatch.ops().gather(codec, table, np.arange(len(table))[:, None], out)
+    np.testing.assert_array_equal(out.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("path", CPP)
+@pytest.mark.parametrize("name", ["h4", "h3", "h2"])
+@pytest.mark.parametrize("width", [2048, 4096])
+def test_the_widest_rows_are_read_whole(path: str, name: str, width: int) -> None:
+    """Rotations over more than 256 columns, and rows longer than the place where short ones are staged."""
+    codec, table = CODECS[name], _random(name, width, 20)
+    out = np.full((20, width), np.nan, np.float32)
+    with dispatch.force(path):
+        dispatch.ops().gather(codec, table, np.arange(20)[:, None], out)
+    np.testing.assert_array_equal(out.view(np.uint32), codec.decode(table, width).view(np.uint32))
 
 
 @pytest.mark.parametrize("path", CPP)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from engram import EngramError
 from engram.builders.layout import Layout
 from engram.kernels import reference
-from engram.kernels.codecs import CODECS
+from engram.kernels.codecs import CODECS, find_codec
 
 pytest.importorskip("triton", reason="the extra gpu (triton) is not installed")
 
@@ -87,6 +87,15 @@ def test_gather_of_random_bytes_is_bit_equal(gpu: Any, name: str, width: int) ->
                 patch.setattr(gpu, "FEW_ROWS", few)
                 assert gpu.gather(CODECS[name], on(table), on(rows), out) is out
             np.testing.assert_array_equal(bits_of(out), decoded(name, table, rows, width, dtype))
+
+
+@pytest.mark.parametrize("name", ["fp8-tensor:3950b4f1", "nvfp4:3950b4f1", "nvfp4:7f000000"])
+def test_the_tables_factor_reaches_the_kernel(gpu: Any, name: str) -> None:
+    codec = find_codec(name)
+    table = np.random.default_rng(3).integers(0, 256, (50, codec.row_bytes(160)), dtype=np.uint8)
+    out = poisoned((50, 160), torch.float32)
+    gpu.gather(codec, on(table), on(np.arange(50)[:, None]), out)
+    np.testing.assert_array_equal(bits_of(out), codec.decode(table, 160).view(np.uint32))
 
 
 @pytest.mark.parametrize("name", ["int8", "q8_0", "fp8-e8m0", "int8-row", "f32", "bf16"])

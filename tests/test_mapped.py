@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ways import EVERY_ROW, ROWS, WAYS, WIDTH, open_or_skip, table_file
+from widths import fitting
 
 from engram.kernels.codecs import CODECS
 from engram.quantize import page_reader
@@ -25,13 +26,13 @@ from engram.quantize.row_table import Budget
 @pytest.mark.parametrize("verify", ["first-touch", "open", "off"])
 @pytest.mark.parametrize("codec", sorted(CODECS))
 def test_gather_gives_the_rows_asked_for(tmp_path: Path, codec: str, verify: str, io: str) -> None:
-    width = 96 if CODECS[codec].group == 32 else WIDTH
+    width = fitting(codec, 96 if CODECS[codec].group == 32 else WIDTH)
     path, expected = table_file(tmp_path, codec, width=width)
     rows = np.random.default_rng(0).integers(0, ROWS, 3000)
     rows[:4] = [0, ROWS - 1, ROWS - 1, 0]
     poisoned = np.full((len(rows), expected.shape[1]), 0xAA, dtype=np.uint8)
     with open_or_skip(path, io, verify) as table:
-        assert table.io == io and table.codec.name == codec
+        assert table.io == io and table.codec == CODECS[codec]
         assert table.gather(rows, out=poisoned) is poisoned
         assert np.array_equal(poisoned, expected[rows])
         assert np.array_equal(table.gather(EVERY_ROW), expected)
@@ -42,7 +43,7 @@ def test_gather_gives_the_rows_asked_for(tmp_path: Path, codec: str, verify: str
 @pytest.mark.parametrize("threads", [1, 0])
 @pytest.mark.parametrize("codec", sorted(CODECS))
 def test_decode_gives_what_the_codec_gives(tmp_path: Path, codec: str, threads: int, io: str) -> None:
-    width = 96 if CODECS[codec].group == 32 else WIDTH
+    width = fitting(codec, 96 if CODECS[codec].group == 32 else WIDTH)
     path, encoded = table_file(tmp_path, codec, width=width)
     rows = np.random.default_rng(0).integers(0, ROWS, (25, 100))
     expected = CODECS[codec].decode(encoded[rows.ravel()], width)

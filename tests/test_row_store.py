@@ -63,11 +63,11 @@ def test_every_byte_is_where_the_specification_puts_it(tmp_path: Path, codec: st
     assert (8 + length) % 4096 == 0
     assert data[8 + length :] == body + sums
     assert json.loads(data[8 : 8 + length])["__metadata__"] == {
-        "format": "engram-rows", "version": "2", "codec": codec, "codec_version": "1", "width": str(width),
+        "format": "engram-rows", "version": "2", "codec": CODECS[codec].name, "codec_version": "1", "width": str(width),
         "rows": str(rows), "layer": "3",
     }  # fmt: skip
     assert asdict(table_file) == {
-        "codec": codec, "codec_version": 1, "rows": rows, "width": width, "bytes": len(data),
+        "codec": CODECS[codec].name, "codec_version": 1, "rows": rows, "width": width, "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(), "seal": hashlib.sha256(data[: 8 + length] + sums).hexdigest(),
     }  # fmt: skip
     assert os.listdir(tmp_path) == [path.name]

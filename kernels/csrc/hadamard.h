@@ -5,15 +5,16 @@
 #pragma once
 #include <utility>
 
+#include "rows.h"
 #include "simd.h"
 
 namespace engram {
 
 // Bit 31 of MurmurHash3's finalizer of j + 1: the sign bit of column j.
-struct Signs { uint32_t of[4096]; };
+struct Signs { uint32_t of[WIDEST_ROTATED]; };
 constexpr Signs column_signs() {
     Signs signs{};
-    for (uint32_t j = 0; j < 4096; ++j) {
+    for (uint32_t j = 0; j < WIDEST_ROTATED; ++j) {
         uint32_t h = j + 1;
         h = (h ^ h >> 16) * 0x85EBCA6Bu;
         h = (h ^ h >> 13) * 0xC2B2AE35u;
@@ -27,7 +28,6 @@ alignas(64) inline constexpr Signs SIGNS = column_signs();
 
 namespace engram::ENGRAM_ISA {
 
-constexpr int64_t WIDEST = 4096;
 constexpr int LANES = 2 * W;  // 16-bit numbers in a vector; unsigned, as sums modulo 2^16 are the same bits
 typedef uint16_t Lanes __attribute__((vector_size(4 * W)));
 
@@ -180,11 +180,11 @@ template <class H> struct Hadamard {
             for (int64_t i = 0; i < D; ++i) put(o + i, f);
             return;
         }
-        alignas(64) int16_t t[WIDEST + 512];
+        alignas(64) int16_t t[WIDEST_ROTATED + 64];
         H::steps(p, D, load16((const uint8_t*)H::BOOK), t);
         rotate16(t, D, block);
         if (block <= 256) return rotated_values(t, D, f, o);
-        alignas(64) float wide[WIDEST];
+        alignas(64) float wide[WIDEST_ROTATED];
         for (int64_t i = 0; i < D; ++i) wide[i] = t[i];
         rotate32(wide, D, block);
         rotated_values(wide, D, f, o);

@@ -18,9 +18,9 @@ int64_t row_bytes(int codec, int64_t width) {
         case Q8_0: return width % 32 ? -1 : groups * 34;
         case Q4_0:
         case IQ4_NL: return width % 32 ? -1 : groups * 18;
-        case H4: return width % 2 ? -1 : width / 2 + 2;
-        case H3: return width % 8 ? -1 : width / 8 * 3 + 2;
-        case H2: return width % 4 ? -1 : width / 4 + 2;
+        case H4: return width % 2 || width > WIDEST_ROTATED ? -1 : width / 2 + 2;
+        case H3: return width % 8 || width > WIDEST_ROTATED ? -1 : width / 8 * 3 + 2;
+        case H2: return width % 4 || width > WIDEST_ROTATED ? -1 : width / 4 + 2;
         case FP8_ROW: return width + 4;
         case FP8_TENSOR: return width;
         case NVFP4: return width % 16 ? -1 : width / 16 * 9;

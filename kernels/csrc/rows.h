@@ -15,6 +15,8 @@ struct RowCodec {
     float factor = 1;
 };
 
+constexpr int64_t WIDEST_ROTATED = 4096;  // columns of h4, h3, h2: their decoders have room for no more
+
 // Bytes of one row, or -1 for a width that the codec cannot hold.
 int64_t row_bytes(int codec, int64_t width);
 

@@ -58,6 +58,7 @@ class Memory:
     fill_tokens: int | None = None
     strength: float = 0.65  # of the fitted scales: keeps most of the gain, halves what happens to other text
     eval_tokens: int = 40_960
+    window: int = 512  # tokens that an evaluation reads at a time, and at least of a document
     overrides: tuple[str, ...] = ("optimizer.lr=4e-4", "tables.lr_multiplier=5", "run.max_steps=20")
 
 
@@ -65,8 +66,9 @@ MEMORIES = {
     # rows of 64 values (9 x 64 = 576, 10 x 64 = 640): codecs in blocks of 32 and the Hadamard ones take them
     "smollm2-python": Memory("smollm2", "python", (30,), 64, 131_072, heads=9),
     "smollm2-bible": Memory("smollm2", "bible", (30,), 64, heads=9),
-    "gemma3-python": Memory("gemma3", "python", (18,), 64, heads=10, fit_tokens=6_144, eval_tokens=32_768),
-    "gemma3-bible": Memory("gemma3", "bible", (18,), 64, heads=10, fit_tokens=6_144, eval_tokens=32_768),
+    # logits over 262,144 tokens are slow: shorter windows, so that as many documents are measured
+    "gemma3-python": Memory("gemma3", "python", (18,), 64, heads=10, fit_tokens=6_144, eval_tokens=16_384, window=256),
+    "gemma3-bible": Memory("gemma3", "bible", (18,), 64, heads=10, fit_tokens=6_144, eval_tokens=16_384, window=256),
     "smollm2-bible-middle": Memory(
         "smollm2", "bible", (2, 15), 64, 32_768, (2, 3), 4, fit_tokens=0,
         overrides=("optimizer.lr=2e-3", "tables.lr_multiplier=20", "run.max_steps=80", "run.max_time=900"),
@@ -93,19 +95,21 @@ class Maker:
         self.name, self.memory, self.seen, self.redone = name, memory, seen, False
         self.out, self.text = work / name, work / "text" / memory.domain
         self.overrides = [*COMMON, *(GEMMA if memory.backbone == "gemma3" else ()), *memory.overrides]
-        self.key = f"{memory} {self.overrides} engram {__version__} Python {sys.version}"
+        made = {name: value for name, value in asdict(memory).items() if name not in ("eval_tokens", "window")}
+        self.key = f"{made} {self.overrides} engram {__version__} Python {sys.version}"
 
-    def step(self, title: str, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The figures of a step, from WORK/NAME/figures or from `work`."""
+    def step(self, title: str, name: str, work: Callable[[], dict[str, Any]], more: str = "") -> dict[str, Any]:
+        """The figures of a step, from WORK/NAME/figures or from `work`; `more`: settings that only this step has."""
+        key = self.key + more
         kept, made = self.out / "figures" / f"{name}.json", self.out / name
         found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
-        if not self.redone and found.get("key") == self.key and (made.exists() or not found["folder"]):
+        if not self.redone and found.get("key") == key and (made.exists() or not found["folder"]):
             self.seen.say(f"{self.name}: {title}: done before")
             return found
         self.seen.say(f"{self.name}: {title}")
         began = time.perf_counter()
         result = work()
-        result |= {"step_seconds": time.perf_counter() - began, "key": self.key, "folder": made.exists()}
+        result |= {"step_seconds": time.perf_counter() - began, "key": key, "folder": made.exists()}
         self.redone = True
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_whole(kept, json.dumps(result, default=str).encode())
@@ -121,7 +125,8 @@ class Maker:
         if self.memory.fit_tokens:
             steps["filled"] = self.step("fill from counts", "filled", self.fill)
         steps["run"] = self.step("train", "run", self.train)
-        steps["measured"] = self.step("measure on held-out text", "measured", self.measure)
+        measured = f" {self.memory.eval_tokens} tokens in windows of {self.memory.window}"
+        steps["measured"] = self.step("measure on held-out text", "measured", self.measure, measured)
         held, other = steps["measured"]["held_out"], steps["measured"]["unrelated"]
         return {
             "checkpoint": str(self.out / "run" / "final"), "backbone": self.model, "settings": asdict(self.memory),
@@ -176,7 +181,8 @@ class Maker:
             export_package(ExportConfig(plain, package, embed_backbone=False), self.seen)
             found = {}
             for part, tokens in (("held_out", self.memory.eval_tokens), ("unrelated", self.memory.eval_tokens // 4)):
-                found[part] = evaluate(EvalConfig(package, self.corpus(part), max_tokens=tokens), self.seen)
+                config = EvalConfig(package, self.corpus(part), max_tokens=tokens, sequence=self.memory.window)
+                found[part] = evaluate(config, self.seen)
             return found
         finally:
             shutil.rmtree(scratch)

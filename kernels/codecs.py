@@ -46,7 +46,7 @@ class Codec(Protocol):
 
     @property
     def version(self) -> int:
-        """Counts up whenever the bytes of a row would change."""
+        """Counts up whenever the bytes of a row would be read otherwise."""
 
     @property
     def code(self) -> int:

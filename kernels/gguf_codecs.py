@@ -29,6 +29,7 @@ from engram.kernels.codec_base import (
     put_products,
     reciprocal,
     unpack_nibbles,
+    unshrunk_halves,
 )
 from engram.kernels.group_codecs import int8_numbers
 
@@ -97,8 +98,8 @@ class Q4_0:
 class Iq4Nl:
     """Blocks as Q4_0's, with a book: value = book[code] * scale.
 
-    Writing is plain: scale = m / -127 with m as in Q4_0, code = the nearest of the book to x * (1 / scale), the lower
-    of two as near. ggml searches for a better scale; that lowers the error of a row, and was not seen to lower a loss.
+    Writing: plain = m / -127 with m as in Q4_0, code = the nearest of the book to x * (1 / plain), the lower of two as
+    near; scale = the unshrunk one. ggml searches for the scale of least error instead.
     """
 
     name: str = "iq4_nl"
@@ -115,7 +116,9 @@ class Iq4Nl:
         self.row_bytes(rows.shape[1])
         quotient, scale = _over_largest(rows, -127)
         codes = nearest(IQ4_NL_BOOK, quotient)
-        return _joined(half_scales(self.name, scale, table, first_row), pack_nibbles(codes))
+        plain = half_scales(self.name, scale, table, first_row)
+        stored = unshrunk_halves(grouped(rows), grouped(IQ4_NL_BOOK[codes]), plain)
+        return _joined(stored, pack_nibbles(codes))
 
     def decode(self, bytes_NK: Bytes, width: int, out: Decoded | None = None) -> Decoded:
         raw = checked_bytes(self.name, bytes_NK, self.row_bytes(width), width)

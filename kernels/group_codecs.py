@@ -30,6 +30,7 @@ from engram.kernels.codec_base import (
     reciprocal,
     ungrouped,
     unpack_nibbles,
+    unshrunk_halves,
 )
 
 # Quantiles of a normal distribution with an exact zero, scaled to -1..1: "QLoRA", arXiv 2305.14314, appendix E.
@@ -88,7 +89,7 @@ class Nf4:
     """D/2 bytes of two codes, then one fp16 scale a group: value = book[code] * scale. D must be even.
 
     A group of n values has n/2 bytes: its first n/2 values in the low halves, the others in the high halves.
-    scale = max|x|, as fp16; code = the nearest of the book to x / scale (fp32), the lower of two as near.
+    code = the nearest of the book to x / max|x| as fp16 (fp32), the lower of two as near; scale = the unshrunk one.
     """
 
     name: str = "nf4"
@@ -113,8 +114,9 @@ class Nf4:
         stored = half_scales(self.name, np.abs(blocks).max(axis=2), table, first_row)
         scale = stored.astype(np.float32)[:, :, None]
         quotient = np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale != 0)
-        codes = ungrouped(nearest(NF4_BOOK, quotient), width)
-        return np.concatenate([pack_nibbles(codes), stored.view(np.uint8)], axis=1)
+        codes = nearest(NF4_BOOK, quotient)
+        stored = unshrunk_halves(blocks, NF4_BOOK[codes], stored)
+        return np.concatenate([pack_nibbles(ungrouped(codes, width)), stored.view(np.uint8)], axis=1)
 
     def decode(self, bytes_NK: Bytes, width: int, out: Decoded | None = None) -> Decoded:
         raw = checked_bytes(self.name, bytes_NK, self.row_bytes(width), width)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,21 +22,20 @@ from engram.kernels.codec_base import (
     Bytes,
     CodecError,
     Decoded,
+    Doubles,
     Floats,
     checked_bytes,
     checked_out,
     checked_width,
     finite_rows,
     nearest,
+    ordered_sums,
     put_bits,
     reciprocal,
+    unshrunk,
 )
 
-Doubles = NDArray[np.float64]
-
 WIDEST = 4096  # columns, as in table files
-_PARTIAL_SUMS = 8  # of fp64, by column modulo 8
-
 
 @dataclass(frozen=True)
 class Hadamard:
@@ -79,11 +77,11 @@ class Hadamard:
         book = self.steps
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             rotated = butterflies(rows * column_signs(width), block_of(width))
-            size = np.sqrt(_sums(rotated, rotated) / width).astype(np.float32)
+            size = np.sqrt(ordered_sums(rotated, rotated) / width).astype(np.float32)
             to_steps = np.float32(self.rms) * reciprocal(size)
             codes = nearest(book, rotated * to_steps[:, None])
             chosen = book[codes]
-            scale = _sums(rotated, chosen) / _sums(chosen, chosen) * (self.rms / np.sqrt(np.float64(block_of(width))))
+            scale = unshrunk(rotated, chosen) * (self.rms / np.sqrt(np.float64(block_of(width))))
             stored = scale.astype(np.float32).astype("<f2")
         self._refuse_large(scale, stored, table, first_row)
         return np.concatenate([*self._packed(codes), stored[:, None].view(np.uint8)], axis=1)
@@ -177,19 +175,3 @@ def butterflies(rows_ND: Floats, block: int) -> Floats:
         values = np.concatenate([a + b, a - b], axis=2).reshape(rows_ND.shape)
         h *= 2
     return values
-
-
-def _sums(a_ND: Floats, b_ND: Floats) -> Doubles:
-    """Sums of a * b over each row: exact fp64 products, eight partial sums by column modulo 8, added in pairs."""
-    count, width = a_ND.shape
-    products = np.zeros((count, -(-width // _PARTIAL_SUMS), _PARTIAL_SUMS))
-    flat = products.reshape(count, products.shape[1] * _PARTIAL_SUMS)  # no -1: there may be no rows
-    flat[:, :width] = a_ND.astype(np.float64) * b_ND.astype(np.float64)
-    p: Any = np.zeros((count, _PARTIAL_SUMS))
-    for column in range(products.shape[1]):  # one after another: numpy's own sum has another order
-        p = p + products[:, column]
-    while p.shape[1] > 1:
-        p = p[:, 0::2] + p[:, 1::2]
-    sums: Doubles = p[:, 0]
-    return sums
-

@@ -24,7 +24,7 @@ from engram.quantize.plan import MOST_CLASSES, TablePlan
 from engram.runtime.calibrate import RowWeights
 from engram.runtime.row_sources import FloatTables, through_codec
 
-CANDIDATES = ("bf16", "int8", "int8-row", "nf4", "q4_0", "h4", "h3", "h2")
+CANDIDATES = ("bf16", "int8", "int8-row", "iq4_nl", "nf4", "q4_0", "h4", "h3", "h2")
 _SAMPLE = 4096  # rows on which a codec's error is measured
 _STEPS = 12  # bisections of the price; each measured one costs a pass over the text
 _MEASURED_STEPS = 7

@@ -60,6 +60,26 @@ inline void count_below(const float* middles, const float* q, int32_t* codes) {
     }
 }
 
+// Sums of a group in fp64, as ordered_sums in kernels/codec_base.py: eight partial ones by column modulo 8, in pairs.
+using Eight = double __attribute__((vector_size(64)));
+inline double in_pairs(const Eight& p) { return ((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7])); }
+
+// The unshrunk scale of a group (kernels/codec_base.py), as fp16; what is stored already stays where that is zero or
+// does not fit.
+inline void put_unshrunk(const float* x, const int32_t* codes, const float* book, uint8_t* stored) {
+    Eight whole = {}, along = {};
+    for (int i = 0; i < GROUP; i += 8) {
+        Eight value, step;
+        for (int k = 0; k < 8; ++k) value[k] = double(x[i + k]), step[k] = double(book[codes[i + k]]);
+        whole += value * value;
+        along += value * step;
+    }
+    const double down = in_pairs(along);
+    if (down == 0.0) return;
+    uint8_t half[2];
+    if (put_half(float(in_pairs(whole) / down), half) && ((half[0] | (half[1] & 0x7F)) != 0)) memcpy(stored, half, 2);
+}
+
 // 32 codes to 16 bytes; of a group of n: n / 2.
 inline void put_nibbles(const int32_t* codes, int64_t n, uint8_t* out) {
     if (n == GROUP)
@@ -281,6 +301,12 @@ constexpr float NF4_MIDDLES[15] = {
 constexpr float IQ4_MIDDLES[15] = {-115.5f, -93.5f, -74.0f, -57.0f, -42.0f, -28.5f, -16.0f, -4.5f,
                                    7.0f,    19.0f,  31.5f,  45.5f,  61.0f,  79.0f,  101.0f};
 
+constexpr float NF4_STEPS[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+constexpr float IQ4_STEPS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
 struct Nf4 {
     static bool row(const float* x, int64_t D, uint8_t* out) {
         return each_group(x, D, [&](const float* v, int64_t g, int64_t n) {
@@ -294,6 +320,7 @@ struct Nf4 {
             int32_t codes[GROUP];
             count_below(NF4_MIDDLES, q, codes);
             put_nibbles(codes, n, out + g / 2);
+            put_unshrunk(v, codes, NF4_STEPS, stored);
             return true;
         });
     }
@@ -325,7 +352,9 @@ struct GgufIq4 {
             int32_t codes[GROUP];
             count_below(IQ4_MIDDLES, q, codes);
             put_nibbles(codes, GROUP, block + 2);
-            return put_half(scale, block) & (most < INFINITE);
+            if (!(put_half(scale, block) & (most < INFINITE))) return false;
+            put_unshrunk(v, codes, IQ4_STEPS, block);
+            return true;
         });
     }
 };

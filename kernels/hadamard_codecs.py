@@ -79,6 +79,7 @@ class Hadamard:
             rotated = butterflies(rows * column_signs(width), block_of(width))
             size = np.sqrt(ordered_sums(rotated, rotated) / width).astype(np.float32)
             to_steps = np.float32(self.rms) * reciprocal(size)
+            to_steps[~np.isfinite(to_steps)] = 0
             codes = nearest(book, rotated * to_steps[:, None])
             chosen = book[codes]
             scale = unshrunk(rotated, chosen) * (self.rms / np.sqrt(np.float64(block_of(width))))

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "../encode.h"
+#include "../encode_parts.h"
 #include "../isa_tables.h"
 #include "../simd.h"
 
@@ -10,43 +11,6 @@ namespace engram::ENGRAM_ISA {
 namespace {
 
 constexpr int GROUP = 32;
-constexpr uint32_t SIGN = 0x80000000u, MAGNITUDE = 0x7FFFFFFFu, INFINITE = 0x7F800000u;
-
-inline uint32_t bits_at(const float* x) { uint32_t b; memcpy(&b, x, 4); return b; }
-inline float size_of(float x) { return bits_to_float(float_to_bits(x) & MAGNITUDE); }
-
-// Bits of the largest |x| of n; INFINITE or more where a value is not finite.
-inline uint32_t largest_bits(const float* x, int64_t n) {
-    int32_t most = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        const int32_t size = int32_t(bits_at(x + i) & MAGNITUDE);
-        most = size > most ? size : most;
-    }
-    return uint32_t(most);
-}
-
-// To nearest, ties to even; false for what becomes infinite (and nothing else: NaN is refused before).
-inline bool put_half(float x, uint8_t* out) {
-#if defined(__F16C__)
-    const uint16_t half = uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
-#else
-    const uint32_t bits = float_to_bits(x), size = bits & MAGNITUDE;
-    uint32_t rounded;
-    if (size >= 0x477FF000u) rounded = 0x7C00u;                      // 65520 and more
-    else if (size < 0x38800000u)                                     // below 2^-14: steps of 2^-24
-        rounded = float_to_bits(bits_to_float(size) + 0.5f) - 0x3F000000u;
-    else rounded = (size - 0x38000000u + 0xFFFu + ((size >> 13) & 1u)) >> 13;
-    const uint16_t half = uint16_t(rounded | (bits >> 16 & 0x8000u));
-#endif
-    memcpy(out, &half, 2);
-    return (half & 0x7C00u) != 0x7C00u;
-}
-
-inline float finite_reciprocal(float scale) {
-    const float inverse = 1.0f / scale;
-    return (float_to_bits(inverse) & MAGNITUDE) < INFINITE ? inverse : 0.0f;
-}
-
 // The nearest entry of a book: how many middles between its entries lie below x. The middles are rounded down to fp32:
 // x is above the exact middle where it is above that.
 using I = int32_t __attribute__((vector_size(4 * W)));
@@ -60,32 +24,40 @@ inline void count_below(const float* middles, const float* q, int32_t* codes) {
     }
 }
 
-// Sums of a group in fp64, as ordered_sums in kernels/codec_base.py: eight partial ones by column modulo 8, in pairs.
-using Eight = double __attribute__((vector_size(64)));
-inline double in_pairs(const Eight& p) { return ((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7])); }
-
-// The unshrunk scale of a group (kernels/codec_base.py), as fp16; what is stored already stays where that is zero or
-// does not fit.
-inline void put_unshrunk(const float* x, const int32_t* codes, const float* book, uint8_t* stored) {
-    Eight whole = {}, along = {};
-    for (int i = 0; i < GROUP; i += 8) {
-        Eight value, step;
-        for (int k = 0; k < 8; ++k) value[k] = double(x[i + k]), step[k] = double(book[codes[i + k]]);
-        whole += value * value;
-        along += value * step;
-    }
-    const double down = in_pairs(along);
-    if (down == 0.0) return;
-    uint8_t half[2];
-    if (put_half(float(in_pairs(whole) / down), half) && ((half[0] | (half[1] & 0x7F)) != 0)) memcpy(stored, half, 2);
-}
-
 // 32 codes to 16 bytes; of a group of n: n / 2.
 inline void put_nibbles(const int32_t* codes, int64_t n, uint8_t* out) {
     if (n == GROUP)
         for (int i = 0; i < GROUP / 2; ++i) out[i] = uint8_t(codes[i] | codes[i + GROUP / 2] << 4);
     else
         for (int64_t i = 0; i < n / 2; ++i) out[i] = uint8_t(codes[i] | codes[i + n / 2] << 4);
+}
+
+// The unshrunk scale (kernels/codec_base.py) of a group filled up to 32, as fp16; what is stored already stays where that
+// is zero or does not fit. `steps`: the entries of the book that were chosen.
+inline void put_unshrunk(const float* x, const float* steps, uint8_t* stored) {
+    const double along = ordered_sum(x, steps, GROUP);
+    if (along == 0.0) return;
+    uint8_t half[2];
+    if (put_half(float(ordered_sum(x, x, GROUP) / along), half) && (half[0] | (half[1] & 0x7F)) != 0)
+        memcpy(stored, half, 2);
+}
+template <int j> inline void put_parts(const Book& book, B16 index, float* out) {
+    if constexpr (j * W < 16) {
+        const V part = book_part<j>(book, index);
+        memcpy(out + j * W, &part, sizeof part);
+        put_parts<j + 1>(book, index, out);
+    }
+}
+// The entries of 32 codes that put_nibbles packed, or of the codes themselves where there are fewer.
+inline void chosen_steps(const float* entries, const uint8_t* packed, const int32_t* codes, int64_t n, float* out) {
+    if (n == GROUP) {
+        const Book book = load_book(entries);
+        const B16 both = load16(packed);
+        put_parts<0>(book, low_nibbles(both), out);
+        put_parts<0>(book, high_nibbles(both), out + 16);
+        return;
+    }
+    for (int i = 0; i < GROUP; ++i) out[i] = entries[codes[i]];
 }
 
 // f(values, first, n) for each group; the last one is filled up with zeros.
@@ -301,11 +273,11 @@ constexpr float NF4_MIDDLES[15] = {
 constexpr float IQ4_MIDDLES[15] = {-115.5f, -93.5f, -74.0f, -57.0f, -42.0f, -28.5f, -16.0f, -4.5f,
                                    7.0f,    19.0f,  31.5f,  45.5f,  61.0f,  79.0f,  101.0f};
 
-constexpr float NF4_STEPS[16] = {
+alignas(64) constexpr float NF4_STEPS[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
-constexpr float IQ4_STEPS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+alignas(64) constexpr float IQ4_STEPS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 struct Nf4 {
     static bool row(const float* x, int64_t D, uint8_t* out) {
@@ -320,7 +292,9 @@ struct Nf4 {
             int32_t codes[GROUP];
             count_below(NF4_MIDDLES, q, codes);
             put_nibbles(codes, n, out + g / 2);
-            put_unshrunk(v, codes, NF4_STEPS, stored);
+            float steps[GROUP];
+            chosen_steps(NF4_STEPS, out + g / 2, codes, n, steps);
+            put_unshrunk(v, steps, stored);
             return true;
         });
     }
@@ -353,13 +327,16 @@ struct GgufIq4 {
             count_below(IQ4_MIDDLES, q, codes);
             put_nibbles(codes, GROUP, block + 2);
             if (!(put_half(scale, block) & (most < INFINITE))) return false;
-            put_unshrunk(v, codes, IQ4_STEPS, block);
+            float steps[GROUP];
+            chosen_steps(IQ4_STEPS, block + 2, codes, GROUP, steps);
+            put_unshrunk(v, steps, block);
             return true;
         });
     }
 };
 
-// v, held within the bound (at most 448, given as bits), to e4m3fn, ties to even: a normal number by cutting its fraction to 3 bits, below 2^-6 in steps of 2^-9.
+// v, held within the bound (at most 448, given as bits), to e4m3fn, ties to even: a normal number by cutting its
+// fraction to 3 bits, below 2^-6 in steps of 2^-9.
 inline uint8_t e4m3_code(float v, int32_t bound) {
     const uint32_t bits = float_to_bits(v);
     const int32_t whole = int32_t(bits & MAGNITUDE);
@@ -438,10 +415,14 @@ void sum_errors(int64_t D, const float* rows, int64_t pitch, const float* back, 
 
 }  // namespace
 
+bool encode_h4(int64_t, int64_t, const float*, int64_t, int64_t, uint8_t*);  // encode_hadamard.cpp
+bool encode_h3(int64_t, int64_t, const float*, int64_t, int64_t, uint8_t*);
+bool encode_h2(int64_t, int64_t, const float*, int64_t, int64_t, uint8_t*);
+
 extern const EncodeTable encode_table;
 const EncodeTable encode_table = {
     {encoder<Float32>, encoder<BFloat16>, encoder<Int8Row>, encoder<Int8>, encoder<Nf4>, encoder<Fp8E8m0>,
-     encoder<GgufQ8>, encoder<GgufQ4>, encoder<GgufIq4>},
+     encoder<GgufQ8>, encoder<GgufQ4>, encoder<GgufIq4>, encode_h4, encode_h3, encode_h2},
     sum_errors};
 
 }  // namespace engram::ENGRAM_ISA

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from outcome import RESULTS, Target, say, show
 
-PARTS = ("rows_kernels", "rows_disk", "hash_decode")
+PARTS = ("rows_kernels", "rows_disk", "hash_decode", "encode_rows", "quantize_stream")
 HERE = Path(__file__).resolve().parent
 
 

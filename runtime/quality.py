@@ -56,6 +56,7 @@ class Judge:
         self.readout = Readout(model)
         self.document_N = np.concatenate([np.full(len(w.ids_T) - w.first, w.document) for w in self.windows])
         self._base: list[Tensor] = []
+        self._others: dict[Readout, list[Tensor]] = {}  # the same of other backbones
         self._float: list[Tensor] = []
         self._weight: list[dict[int, NDArray[np.float64]]] = []  # by window and layer: gate² [T], a mean over branches
         base_nats, float_nats = [], []
@@ -93,7 +94,7 @@ class Judge:
             for place, window in enumerate(self.windows):
                 ids = torch.from_numpy(window.ids_T[None])
                 own = readout or self.readout
-                base_TD = self._base[place] if readout is None else own.base(ids)
+                base_TD = self._base[place] if readout is None else self._other(own, place, ids)
                 states_TD = base_TD if rows is None else own.states(ids, self.memory(window, rows), base_TD)
                 if divergence:
                     part = self._compare(own, states_TD, self._float[place], ids)
@@ -106,6 +107,13 @@ class Judge:
         if not divergence:
             return Measured(_joined(lost))
         return Measured(_joined(lost), _joined(kl), torch.cat(same).numpy())
+
+    def _other(self, readout: Readout, place: int, ids_BT: Tensor) -> Tensor:
+        """States of another backbone alone, computed once: windows are asked for in their order."""
+        kept = self._others.setdefault(readout, [])
+        if len(kept) == place:
+            kept.append(readout.base(ids_BT))
+        return kept[place]
 
     def _compare(self, own: Readout, states_TD: Tensor, float_TD: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Nats, KL(float || own) and agreement of the likeliest token, each [T - 1]."""

@@ -34,7 +34,7 @@ class Journal:
             return
         if there:
             changed = [] if found is None else [k for k in {**self.job, **found["job"]} if self._differs(k, found)]
-            why = f"its {' and '.join(changed)} differ" if changed else "it holds nothing to go on from"
+            why = f"other {' and '.join(changed)}" if changed else "it holds nothing to go on from"
             self.said = f"{folder} is from another run ({why}): starting over"
         clear(folder)
 

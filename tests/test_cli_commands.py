@@ -154,14 +154,57 @@ def test_fill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 def test_quantize(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["quantize", "ckpt", "--out", "small", "--tables", "nf4", "--json"]
-    worker, _, _ = call(monkeypatch, capsys, "engram.quantize.tables:quantize", {"tables": {}}, *words)
-    config = worker.config
-    assert (config.checkpoint, config.out, config.tables, config.force) == (
-        Path("ckpt"),
-        Path("small"),
-        "nf4",
-        False,
-    )
+    target = "engram.runtime.quantize_run:quantize_run"
+    answer: dict[str, Any] = {"tables": {}, "backbone": "unchanged", "out": "small"}
+    config = call(monkeypatch, capsys, target, answer, *words)[0].config
+    assert (config.checkpoint, config.out, config.tables, config.force) == (Path("ckpt"), Path("small"), "nf4", False)
+    assert (config.gate, config.calibrate, config.backbone, config.budget) == (None, None, None, None)
+    words += ["--gate", "a.jsonl", "--gate", "b.txt", "--max-loss", "0.5%", "--gate-tokens", "2k", "--seed", "3"]
+    words += ["--calibrate", "c.txt", "--frequent", "int8:10%", "--unseen", "h2", "--force"]
+    words += ["--backbone", "q4_k_m", "--backbone-from", "b.gguf", "--override", "ffn_down=q6_k", "--requantize"]
+    words += ["--embedding-type", "q8_0", "--output-type", "f16", "--importance", "i.txt", "--importance", "j.txt"]
+    config = call(monkeypatch, capsys, target, answer | {"passed": True}, *words)[0].config
+    assert config.gate.sources == ("a.jsonl", "b.txt") and (config.gate_tokens, config.seed) == (2_000, 3)
+    assert str(config.max_loss) == "0.5%" and config.calibrate.sources == ("c.txt",) and config.force
+    assert (config.frequent, config.unseen, config.drop_unseen) == (("int8", 0.1), "h2", False)
+    wish = config.backbone
+    assert (wish.kind, wish.source, wish.tensor_types) == ("q4_k_m", Path("b.gguf"), (("ffn_down", "q6_k"),))
+    assert (wish.embedding_type, wish.output_type, wish.requantize) == ("q8_0", "f16", True)
+    assert wish.importance.sources == ("i.txt", "j.txt")
+    words = ["quantize", "ckpt", "--out", "o", "--tables", "auto", "--budget", "2MB", "--calibrate", "c", "--json"]
+    words += ["--backbone", "q8_0", "--importance", "kept.gguf"]
+    config = call(monkeypatch, capsys, target, answer, *words)[0].config
+    assert (config.tables, config.budget, config.backbone.importance) == ("auto", 2_000_000, Path("kept.gguf"))
+
+
+def test_quantize_says_by_its_exit_code_that_the_gate_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = {"tables": {}, "backbone": "unchanged", "out": "small.rejected", "passed": False}
+    monkeypatch.setattr("engram.runtime.quantize_run.quantize_run", Worker(refused))
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["quantize", "ckpt", "--out", "small", "--gate", "t", "--max-loss", "0", "--json"])
+    out, err = capsys.readouterr()
+    assert leaving.value.code == 1 and json.loads(out) == refused
+    assert "the loss grows by more than --max-loss 0 allows: small.rejected is marked as rejected" in err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "--out is missing"),
+        (["--out", "o", "--frequent", "int8"], "--frequent 'int8' is no codec with a share"),
+        (["--out", "o", "--frequent", "int8:120%"], "--frequent 'int8:120%' is no codec with a share"),
+        (["--out", "o", "--override", "a=q8_0"], "options of the backbone need --backbone TYPE"),
+        (["--out", "o", "--backbone", "q8_0", "--override", "q8_0"], "--override 'q8_0' is no REGEX=TYPE"),
+    ],
+)
+def test_quantize_refuses_options_that_cannot_be_read(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["quantize", "ckpt", *words])
+    assert leaving.value.code == 1 and message in capsys.readouterr().err
 
 
 def test_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

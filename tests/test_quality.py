@@ -169,20 +169,26 @@ def held_out(tmp_path: Path) -> CorpusConfig:
 
 
 def test_the_verdict_follows_the_bound(made: Path, tmp_path: Path, held_out: CorpusConfig) -> None:
-    quantize(QuantizeConfig(made, tmp_path / "q4", tables="nf4"))
+    """Of two models one is the worse: against the other it fails a bound of nothing, and passes a wide one."""
+    other = tiny.write_checkpoint(tmp_path / "other", layers=open_checkpoint(made).layout.layers, seed=9)
+    ways = {"to": (made, other), "from": (other, made)}
     reports = {}
-    for text in ("100%", "0", "5"):
-        config = QualityConfig(held_out, Bound.parse(text), 600, prompt_tokens=8, written_tokens=6)
-        reports[text] = judge_quantized(made, tmp_path / "q4", config, Progress())
-    high = reports["0"]["change"]["ci95"][1]
-    assert high > 0 and [reports[t]["passed"] for t in ("100%", "0", "5")] == [True, False, True]
-    report = reports["100%"]
+    for way, (reference, source) in ways.items():
+        quantize(QuantizeConfig(source, tmp_path / way, tables="nf4"))
+        for text in ("100%", "0", "5"):
+            config = QualityConfig(held_out, Bound.parse(text), 600, prompt_tokens=8, written_tokens=6)
+            reports[way, text] = judge_quantized(reference, tmp_path / way, config, Progress())
+    for (_, text), report in reports.items():
+        assert report["passed"] == (report["change"]["ci95"][1] <= report["max_loss"]["nats"]), text
+    worse = max(ways, key=lambda way: reports[way, "0"]["change"]["nll"])
+    assert [reports[worse, text]["passed"] for text in ("100%", "0", "5")] == [True, False, True]
+    report = reports[worse, "100%"]
     assert report["max_loss"]["nats"] == pytest.approx(report["loss"]["float"])
     assert report["documents"] == 6 and report["continuations"]["texts"] == 6
     assert set(report["loss"]) == {"backbone", "float", "quantized", "zero_table", "shuffled_rows"}
     assert "parts" not in report, "the backbone was not quantized"
-    assert settle(tmp_path / "q4", tmp_path / "out", reports["0"]) == tmp_path / "out.rejected"
-    assert not (tmp_path / "out").exists() and not (tmp_path / "q4").exists()
+    assert settle(tmp_path / worse, tmp_path / "out", reports[worse, "0"]) == tmp_path / "out.rejected"
+    assert not (tmp_path / "out").exists() and not (tmp_path / worse).exists()
 
 
 @pytest.mark.parametrize("text", ["half", "-1", "-0.1%", "nan", "inf", ""])

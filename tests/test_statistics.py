@@ -247,12 +247,14 @@ def test_bytes_of_the_tables_follow_from_the_codecs() -> None:
     )  # fmt: skip
     rows = 256  # 101 + 103, padded to a multiple of 128
     expected = {"f32": 24 * rows, "bf16": 12 * rows, "int8-row": 10 * rows, "int8": 8 * rows, "nf4": 5 * rows,
-                "fp8-e8m0": 7 * rows}  # fmt: skip
+                "fp8-e8m0": 7 * rows, "fp8-row": 10 * rows, "fp8-tensor": 6 * rows, "h4": 5 * rows}  # fmt: skip
     assert statistics.table_bytes(layout) == expected
     odd = Layout.build(
         dialect="demo", orders=(2,), heads=1, head_dim=5, layers=(0,), rows_per_head=100, pad_id=0, vocab_size=9
     )
-    assert statistics.table_bytes(odd) == {"f32": 2020, "bf16": 1010, "int8-row": 909, "int8": 707, "fp8-e8m0": 606}
+    assert statistics.table_bytes(odd) == {
+        "f32": 2020, "bf16": 1010, "int8-row": 909, "int8": 707, "fp8-e8m0": 606, "fp8-row": 909, "fp8-tensor": 505,
+    }  # fmt: skip
 
 
 def test_the_top_ngrams_hash_to_their_rows(tmp_path: Path) -> None:

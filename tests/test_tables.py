@@ -298,8 +298,8 @@ def touch(folder: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "another codec": (lambda folder: None, "(its codec differ)"),
-    "a newer table": (touch, "(its source differ)"),
+    "another codec": (lambda folder: None, "(other codecs)"),
+    "a newer table": (touch, "(other source)"),
     "no journal": (lambda f: (f / "out.partial" / journal.NAME).unlink(), "(it holds nothing to go on from)"),
     "half a journal": (
         lambda f: os.truncate(f / "out.partial" / journal.NAME, 60), "(it holds nothing to go on from)"

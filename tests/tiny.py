@@ -45,7 +45,8 @@ def write_backbone(folder: Path, vocab_size: int) -> Path:
 
 
 def write_checkpoint(
-    folder: Path, *, dialect: str = "demo", layers: tuple[int, ...] = (1, 3), rows_per_head: int = 211
+    folder: Path, *, dialect: str = "demo", layers: tuple[int, ...] = (1, 3), rows_per_head: int = 211,
+    seed: int = 1,
 ) -> Path:
     """A float checkpoint with random gates and tables at folder/checkpoint; tokenizer and backbone lie beside it."""
     tokenizer_path = write_tokenizer(folder / "tokenizer")
@@ -61,10 +62,10 @@ def write_checkpoint(
 
     gates = {n: GateConfig.of_dialect(dialect, 32, layout.memory_width, 1, 3) for n in layers}
     model = EngramModel(load_backbone(backbone), layout, gates)
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     for parameter in model.gates.parameters():
         parameter.data.normal_(0, 0.4)
-    generator = np.random.default_rng(2)
+    generator = np.random.default_rng(seed + 1)
     tables = {n: generator.normal(size=(layout.table_rows[n], 8)).astype(np.float32) for n in layers}
     save_checkpoint(
         folder / "checkpoint", layout=layout, gates={n: gates[n].to_json() for n in layers}, dense=gate_weights(model),

@@ -27,7 +27,6 @@ _KINDS = ((str, type(None)), (int, type(None)), (int,), (str, type(None)))  # of
 _LONGEST_HEADER = 1 << 16
 
 
-
 class ClassFile(NamedTuple):
     """What the map says of one class."""
 
@@ -68,6 +67,11 @@ class MapHeader:
         ).encode("ascii")
         text += b" " * (-(8 + len(text)) % RECORD)
         return len(text).to_bytes(8, "little") + text
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.bytes) + -(-self.rows // BLOCK) * RECORD + 4
 
     def check(self) -> None:
         """RowStoreError for fields that the format does not allow."""

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from engram import EngramError
 from engram.builders.layout import Layout
 from engram.kernels.codecs import Codec, find_codec
+from engram.quantize.mixed_file import ClassFile, MapHeader
 from engram.quantize.row_store import Geometry
 
 MOST_CLASSES = 4
-MAP_BYTES = 0.5  # of a row, in the map of a mixed table
+_SEAL = 64 * "0"  # stands in for a seal, whose length is always this
 _BLOCK = 1 << 20
 
 Ints = NDArray[np.int64]
@@ -108,11 +109,16 @@ class TablePlan:
 
     def bytes(self, layout: Layout, layer: int) -> int:
         """Bytes of the table's files: pages, checksums, and the map where there is one."""
-        total = MAP_BYTES * layout.table_rows[layer] if self.mixed else 0
+        total, classes = 0, []
         for codec, rows in zip(self.codecs, self.counts(layout, layer), strict=True):
-            if codec is not None and rows:
-                total += Geometry(find_codec(codec), rows, layout.head_dim, layer).file_bytes
-        return int(total)
+            stored = bool(codec is not None and rows)
+            version = None if codec is None else find_codec(codec).version
+            classes.append(ClassFile(codec, version, rows, _SEAL if stored else None))
+            if stored:
+                total += Geometry(find_codec(str(codec)), rows, layout.head_dim, layer).file_bytes
+        if self.mixed:
+            total += MapHeader(layout.head_dim, layout.table_rows[layer], layer, classes).file_bytes
+        return total
 
     def to_json(self, layout: Layout, layer: int) -> dict[str, Any]:
         """What a manifest and a report say of the plan; lists of rows are in the table's own map."""

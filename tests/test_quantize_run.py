@@ -117,7 +117,9 @@ def test_rows_are_stored_by_how_a_text_reads_them(made: Path, tmp_path: Path, te
 def test_auto_keeps_a_budget_and_says_what_it_traded(made: Path, tmp_path: Path, texts: Texts) -> None:
     full = sum(layer["bytes"] for layer in quantize_run(QuantizeRun(made, tmp_path / "int8"))["tables"].values())
     told = quantize_run(QuantizeRun(made, tmp_path / "auto", "auto", texts["calibrate"], budget=full))
-    assert sum(layer["bytes"] for layer in told["tables"].values()) <= full
+    assert sum(layer["bytes"] for layer in told["tables"].values()) == told["table_bytes"]
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "auto" / "tables").iterdir())
+    assert on_disk == told["table_bytes"], "the plan knew the bytes of all files"
     assert told["table_bytes"] <= full and {"1", "3"} == set(told["plans"])
     assert sum(c["rows"] for c in told["plans"]["1"]["classes"]) == open_checkpoint(made).layout.table_rows[1]
 

@@ -177,36 +177,6 @@ def test_quantize(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert (config.tables, config.budget, config.backbone.importance) == ("auto", 2_000_000, Path("kept.gguf"))
 
 
-def test_quantize_says_by_its_exit_code_that_the_gate_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refused = {"tables": {}, "backbone": "unchanged", "out": "small.rejected", "passed": False}
-    monkeypatch.setattr("engram.runtime.quantize_run.quantize_run", Worker(refused))
-    with pytest.raises(SystemExit) as leaving:
-        cli.main(["quantize", "ckpt", "--out", "small", "--gate", "t", "--max-loss", "0", "--json"])
-    out, err = capsys.readouterr()
-    assert leaving.value.code == 1 and json.loads(out) == refused
-    assert "the loss grows by more than --max-loss 0 allows: small.rejected is marked as rejected" in err
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ([], "--out is missing"),
-        (["--out", "o", "--frequent", "int8"], "--frequent 'int8' is no codec with a share"),
-        (["--out", "o", "--frequent", "int8:120%"], "--frequent 'int8:120%' is no codec with a share"),
-        (["--out", "o", "--override", "a=q8_0"], "options of the backbone need --backbone TYPE"),
-        (["--out", "o", "--backbone", "q8_0", "--override", "q8_0"], "--override 'q8_0' is no REGEX=TYPE"),
-    ],
-)
-def test_quantize_refuses_options_that_cannot_be_read(
-    capsys: pytest.CaptureFixture[str], words: list[str], message: str
-) -> None:
-    with pytest.raises(SystemExit) as leaving:
-        cli.main(["quantize", "ckpt", *words])
-    assert leaving.value.code == 1 and message in capsys.readouterr().err
-
-
 def test_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["export", "ckpt", "--out", "pkg", "--reference-backbone", "--format", "package", "--force", "--json"]
     worker, _, _ = call(monkeypatch, capsys, "engram.quantize.package:export_package", {"bytes": 9}, *words)

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from gguf import GGMLQuantizationType as Types
+from gguf_llama import BLOCKS, INNER, LINEAR, VOCAB, WIDTH, write_gguf
 
 from engram.builders.backbone import BackboneRef, load_backbone
 from engram.builders.gguf_header import GgufHeaderError, read_tensors
@@ -32,50 +33,7 @@ try:
 except ImportError:
     COMPILED = False
 compiled = pytest.mark.skipif(not COMPILED, reason="llama-cpp-python is not installed (make gguf)")
-WIDTH, INNER, VOCAB, BLOCKS = 256, 512, 96, 2
 IDS = torch.arange(48).reshape(2, 24) * 5 % VOCAB
-LINEAR = {"attn_q": (WIDTH, WIDTH), "attn_k": (WIDTH // 2, WIDTH), "attn_v": (WIDTH // 2, WIDTH),
-          "attn_output": (WIDTH, WIDTH), "ffn_gate": (INNER, WIDTH), "ffn_up": (INNER, WIDTH),
-          "ffn_down": (WIDTH, INNER)}  # fmt: skip
-
-
-def write_gguf(path: Path, *, kind: Types = Types.F32, architecture: str = "llama") -> Path:
-    """A random Llama of two blocks, 256 wide, as llama.cpp names its parts."""
-    random, writer = np.random.default_rng(8), gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(128)
-    writer.add_embedding_length(WIDTH)
-    writer.add_block_count(BLOCKS)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(WIDTH // 4)
-    writer.add_vocab_size(VOCAB)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{n}" for n in range(VOCAB)])
-    writer.add_token_types([1] * VOCAB)
-    writer.add_token_merges(["t 0"])
-
-    def matrix(name: str, rows: int, columns: int) -> None:
-        values = (random.normal(size=(rows, columns)) / 16).astype(np.float32)
-        if kind == Types.F32:
-            writer.add_tensor(name, values)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-
-    matrix("token_embd.weight", VOCAB, WIDTH)
-    matrix("output.weight", VOCAB, WIDTH)
-    writer.add_tensor("output_norm.weight", np.ones(WIDTH, dtype=np.float32))
-    for block in range(BLOCKS):
-        for norm in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{block}.{norm}.weight", np.ones(WIDTH, dtype=np.float32))
-        for name, shape in LINEAR.items():
-            matrix(f"blk.{block}.{name}.weight", *shape)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import tiny
+from gguf_llama import write_gguf
 
 from engram import EngramError
 from engram.builders.checkpoint import open_checkpoint
@@ -17,7 +19,7 @@ from engram.cli.main import main
 from engram.quantize.inspect import inspect
 from engram.quantize.package import ExportConfig, export_package, open_source
 from engram.quantize.tables import QuantizeError
-from engram.runtime.quantize_config import Bound, QuantizeRun
+from engram.runtime.quantize_config import BackboneWish, Bound, QuantizeRun
 from engram.runtime.quantize_run import quantize_run
 from engram.runtime.row_sources import StoredRows
 
@@ -165,6 +167,8 @@ def test_options_that_contradict_one_another_are_refused_before_any_work(
     [
         (("--frequent", "int8"), "no codec with a share"),
         (("--frequent", "int8:100%"), "no codec with a share"),
+        (("--override", "a=q8_0"), "options of the backbone need --backbone TYPE"),
+        (("--backbone", "q8_0", "--override", "q8_0"), "--override 'q8_0' is no REGEX=TYPE"),
         (("--max-loss", "much"), "neither nats a token nor a percentage"),
         ((), "--out is missing"),
     ],
@@ -191,3 +195,38 @@ def test_the_budget_below_the_least_is_refused(made: Path, tmp_path: Path, texts
     with pytest.raises(EngramError, match="the budget is 1"):
         quantize_run(QuantizeRun(made, tmp_path / "auto", "auto", texts["calibrate"], budget=1))
     assert QuantizeError and not (tmp_path / "auto").exists()
+
+
+def test_the_gate_says_which_part_cost_what(made: Path, tmp_path: Path, texts: Texts) -> None:
+    pytest.importorskip("torchao", reason="the extra `torchao` is not installed")
+    options: dict[str, Any] = {"gate": texts["gate"], "gate_tokens": 400}
+    alone = quantize_run(QuantizeRun(made, tmp_path / "tables", "nf4", **options))["quality"]
+    told = quantize_run(QuantizeRun(made, tmp_path / "both", "nf4", backbone=BackboneWish("int8"), **options))
+    both, parts = told["quality"], told["quality"]["parts"]
+    assert told["backbone"]["type"] == "int8" and "parts" not in alone
+    assert parts["tables"]["change"] == alone["change"] and parts["tables"]["kl"] == alone["kl"]
+    assert both["loss"]["float"] == alone["loss"]["float"] != both["loss"]["quantized"] != alone["loss"]["quantized"]
+    assert 0 != abs(parts["backbone"]["change"]["nll"]) < 0.1, "int8 weights change a little, and only a little"
+    assert parts["backbone"]["without_memory"] != both["loss"]["backbone"]
+    export_package(ExportConfig(tmp_path / "both", tmp_path / "package"))
+    assert inspect(tmp_path / "package")["quality"]["parts"] == parts
+
+
+def test_a_gguf_backbone_is_weighed_by_a_text(
+    tmp_path: Path, texts: Texts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (make gguf)")
+    source = write_gguf(tmp_path / "float.gguf", vocab=300)
+    checkpoint = tiny.write_checkpoint(tmp_path / "model", layers=(1,), backbone=source)
+    words = ("quantize", checkpoint, "--backbone", "q4_k_m", "--override", "ffn_down=q8_0", "--json")
+    options = ("--importance", tmp_path / "calibrate.jsonl", "--gate", tmp_path / "gate.jsonl", "--gate-tokens", 300)
+    assert command(*words, "--out", tmp_path / "small", *options)[0] == 0
+    told = json.loads(capsys.readouterr().out)
+    written = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "small/backbone/model.gguf").tensors}
+    assert written["blk.1.ffn_down.weight"] == "Q8_0" and written["blk.0.ffn_up.weight"] == "Q4_K"
+    assert told["backbone"]["importance"] > 0 and told["quality"]["parts"]["backbone"]["kl"]["mean"] > 0
+    kept = tmp_path / "small.imatrix.gguf"
+    assert kept.is_file()
+    assert command(*words, "--out", tmp_path / "again", "--importance", kept)[0] == 0
+    same = [(tmp_path / name / "backbone" / "model.gguf").read_bytes() for name in ("small", "again")]
+    assert same[0] == same[1], "the kept matrix makes the same backbone"

@@ -46,13 +46,16 @@ def write_backbone(folder: Path, vocab_size: int) -> Path:
 
 def write_checkpoint(
     folder: Path, *, dialect: str = "demo", layers: tuple[int, ...] = (1, 3), rows_per_head: int = 211,
-    seed: int = 1,
-) -> Path:
-    """A float checkpoint with random gates and tables at folder/checkpoint; tokenizer and backbone lie beside it."""
+    seed: int = 1, backbone: Path | None = None,
+) -> Path:  # fmt: skip
+    """A float checkpoint with random gates and tables at folder/checkpoint; tokenizer and backbone lie beside it.
+
+    `backbone`: another one of at least 300 token ids.
+    """
     tokenizer_path = write_tokenizer(folder / "tokenizer")
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     vocab = tokenizer.get_vocab_size()
-    backbone = BackboneRef.find(str(write_backbone(folder / "backbone", vocab)))
+    found = BackboneRef.find(str(backbone or write_backbone(folder / "backbone", vocab)))
     compressed = None if dialect == "qwen-ple" else compress_vocabulary(tokenizer).token_map
     layout = Layout.build(
         dialect=dialect, orders=(2, 3), heads=2, head_dim=8, layers=layers, rows_per_head=rows_per_head, pad_id=1,
@@ -60,8 +63,9 @@ def write_checkpoint(
     )  # fmt: skip
     from engram.builders.backbone import load_backbone
 
-    gates = {n: GateConfig.of_dialect(dialect, 32, layout.memory_width, 1, 3) for n in layers}
-    model = EngramModel(load_backbone(backbone), layout, gates)
+    loaded = load_backbone(found)
+    gates = {n: GateConfig.of_dialect(dialect, loaded.config.hidden_size, layout.memory_width, 1, 3) for n in layers}
+    model = EngramModel(loaded, layout, gates)
     torch.manual_seed(seed)
     for parameter in model.gates.parameters():
         parameter.data.normal_(0, 0.4)
@@ -69,6 +73,6 @@ def write_checkpoint(
     tables = {n: generator.normal(size=(layout.table_rows[n], 8)).astype(np.float32) for n in layers}
     save_checkpoint(
         folder / "checkpoint", layout=layout, gates={n: gates[n].to_json() for n in layers}, dense=gate_weights(model),
-        tables=tables, backbone=backbone, tokenizer_folder=folder / "tokenizer",
+        tables=tables, backbone=found, tokenizer_folder=folder / "tokenizer",
     )  # fmt: skip
     return folder / "checkpoint"

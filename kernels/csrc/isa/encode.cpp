@@ -75,70 +75,73 @@ template <class F> inline bool each_group(const float* x, int64_t D, F f) {
 
 // The bits of the largest |x| of 8 groups: four lanes of each, then four groups at a time across.
 using Four = int32_t __attribute__((vector_size(16)));
-using Lanes = int32_t __attribute__((vector_size(4 * (W < 8 ? 4 : 8))));
+using Eights = int32_t __attribute__((vector_size(32)));
 template <class T> inline T larger(T a, T b) { return a > b ? a : b; }
-inline void largest_of_each(const float* x, uint32_t* most) {
-    constexpr int LANES_OF = sizeof(Lanes) / 4;
-    Four four[8];
-    for (int k = 0; k < 8; ++k) {
-        Lanes found = {};
-        for (int i = 0; i < GROUP; i += LANES_OF) {
-            Lanes bits;
-            memcpy(&bits, x + k * GROUP + i, sizeof bits);
-            found = larger(found, bits & int32_t(MAGNITUDE));
-        }
-        Four part[sizeof(Lanes) / 16];
-        memcpy(part, &found, sizeof found);
-        four[k] = sizeof(Lanes) == 16 ? part[0] : larger(part[0], part[sizeof(Lanes) / 16 - 1]);
+inline Four four_largest(const float* x) {
+#if defined(__AVX512F__)
+    const __m512i size = _mm512_set1_epi32(int32_t(MAGNITUDE));
+    const __m512i first = _mm512_and_si512(_mm512_loadu_si512(x), size);
+    const __m512i both = _mm512_max_epi32(first, _mm512_and_si512(_mm512_loadu_si512(x + 16), size));
+    const Eights eight = larger(Eights(_mm512_castsi512_si256(both)), Eights(_mm512_extracti64x4_epi64(both, 1)));
+    return larger(Four(_mm256_castsi256_si128(__m256i(eight))), Four(_mm256_extracti128_si256(__m256i(eight), 1)));
+#else
+    constexpr int LANES_OF = W < 8 ? 4 : 8;
+    using Lanes = int32_t __attribute__((vector_size(4 * LANES_OF)));
+    Lanes found = {};
+    for (int i = 0; i < GROUP; i += LANES_OF) {
+        Lanes bits;
+        memcpy(&bits, x + i, sizeof bits);
+        found = larger(found, bits & int32_t(MAGNITUDE));
     }
-    for (int k = 0; k < 8; k += 4) {
-        const Four a = four[k], b = four[k + 1], c = four[k + 2], d = four[k + 3];
-        const Four ab = larger(Four{a[0], b[0], a[1], b[1]}, Four{a[2], b[2], a[3], b[3]});
-        const Four cd = larger(Four{c[0], d[0], c[1], d[1]}, Four{c[2], d[2], c[3], d[3]});
-        const Four all = larger(Four{ab[0], ab[1], cd[0], cd[1]}, Four{ab[2], ab[3], cd[2], cd[3]});
-        memcpy(most + k, &all, sizeof all);
-    }
+    Four part[LANES_OF / 4];
+    memcpy(part, &found, sizeof found);
+    return LANES_OF == 4 ? part[0] : larger(part[0], part[LANES_OF / 4 - 1]);
+#endif
+}
+inline Four across(const float* const* at) {
+    const Four a = four_largest(at[0]), b = four_largest(at[1]), c = four_largest(at[2]), d = four_largest(at[3]);
+    const Four ab = larger(Four{a[0], b[0], a[1], b[1]}, Four{a[2], b[2], a[3], b[3]});
+    const Four cd = larger(Four{c[0], d[0], c[1], d[1]}, Four{c[2], d[2], c[3], d[3]});
+    return larger(Four{ab[0], ab[1], cd[0], cd[1]}, Four{ab[2], ab[3], cd[2], cd[3]});
 }
 
-// Scales of up to 8 groups together: one vector division serves them all.
-constexpr int TOGETHER = 8, SOME = W < TOGETHER ? W : TOGETHER;
-using Floats = float __attribute__((vector_size(4 * SOME)));
-using Bits = int32_t __attribute__((vector_size(4 * SOME)));
+// 16 groups of one or more rows together: scales wait for no one's steps, and a vector division serves 8 of them.
+constexpr int TOGETHER = 16;
+using Floats = float __attribute__((vector_size(32)));
 
 struct Int8Scales {
+    const float* at[TOGETHER];
     float inverse[TOGETHER];
     uint8_t half[2 * TOGETHER];
 
     // max|x| / 127 of each group, as fp16, and the reciprocal of its fp32 value.
-    inline __attribute__((always_inline)) bool find(const float* x, int64_t count) {
-        uint32_t most[TOGETHER] = {};
-        if (count == TOGETHER) largest_of_each(x, most);
-        else for (int64_t k = 0; k < count; ++k) most[k] = largest_bits(x + k * GROUP, GROUP);
-        float scale[TOGETHER];
-        Bits wrong = {};
-        for (int k = 0; k < TOGETHER; k += SOME) {
-            Floats largest;
-            memcpy(&largest, most + k, sizeof largest);
-            const Floats step = largest / 127.0f;
-            const Bits bits = Bits(1.0f / step);
-            const Bits finite = bits & ((bits & int32_t(MAGNITUDE)) < int32_t(INFINITE));
-            wrong |= Bits(largest) >= int32_t(INFINITE);
-            memcpy(scale + k, &step, sizeof step);
+    bool find(int count) {
+        for (int k = count; k % 8; ++k) at[k] = at[count - 1];
+        Eights wrong = {};
+        bool fits = true;
+        for (int k = 0; k < count; k += 8) {
+            const Four low = across(at + k), high = across(at + k + 4);
+            const Eights most = {low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]};
+            const Floats scale = Floats(most) / 127.0f;
+            const Eights bits = Eights(1.0f / scale);
+            const Eights finite = bits & ((bits & int32_t(MAGNITUDE)) < int32_t(INFINITE));
+            wrong |= most >= int32_t(INFINITE);
             memcpy(inverse + k, &finite, sizeof finite);
+            fits &= put_halves(scale, half + 2 * k);
         }
         int32_t any = 0;
-        for (int k = 0; k < SOME; ++k) any |= wrong[k];
-        return put_halves(scale, half) & !any;
+        for (int k = 0; k < 8; ++k) any |= wrong[k];
+        return fits & !any;
     }
-    static bool put_halves(const float* scale, uint8_t* out) {
+    static bool put_halves(Floats scale, uint8_t* out) {
 #if defined(__F16C__)
-        const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(scale), _MM_FROUND_TO_NEAREST_INT);
+        const __m128i halves = _mm256_cvtps_ph(__m256(scale), _MM_FROUND_TO_NEAREST_INT);
         _mm_storeu_si128((__m128i*)out, halves);
         const __m128i top = _mm_set1_epi16(0x7C00);
         return !_mm_movemask_epi8(_mm_cmpeq_epi16(_mm_and_si128(halves, top), top));
 #else
         bool good = true;
-        for (int k = 0; k < TOGETHER; ++k) good &= put_half(scale[k], out + 2 * k);
+        for (int k = 0; k < 8; ++k) good &= put_half(scale[k], out + 2 * k);
         return good;
 #endif
     }
@@ -147,7 +150,17 @@ struct Int8Scales {
 // The steps x * (1 / scale), rounded half away from zero.
 // To add the largest number below one half, with the value's sign, and to cut rounds half away from zero.
 inline void int8_steps(const float* x, float inverse, uint8_t* out) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m512 factor = _mm512_set1_ps(inverse);
+    const __m512i sign = _mm512_set1_epi32(int32_t(SIGN)), half = _mm512_set1_epi32(0x3EFFFFFF);
+    for (int i = 0; i < GROUP; i += 16) {
+        const __m512 q = _mm512_mul_ps(_mm512_loadu_ps(x + i), factor);
+        const __m512i signed_half = _mm512_ternarylogic_epi32(_mm512_castps_si512(q), sign, half, 0xEA);  // q & sign | half
+        const __m512i steps = _mm512_cvttps_epi32(_mm512_add_ps(q, _mm512_castsi512_ps(signed_half)));
+        _mm_storeu_si128((__m128i*)(out + i), _mm512_cvtepi32_epi8(steps));
+    }
+    return;
+#elif defined(__AVX2__)
     const __m256 factor = _mm256_set1_ps(inverse), sign = _mm256_set1_ps(-0.0f);
     const __m256 half = _mm256_set1_ps(bits_to_float(0x3EFFFFFFu));
     __m256i steps[4];
@@ -219,51 +232,54 @@ struct Int8Row {
         return true;
     }
 };
+// Where a group's steps and its scale lie in a row.
 struct Int8 {
-    static bool row(const float* x, int64_t D, uint8_t* out) {
-        Int8Scales scales;
-        bool good = true;
-        int64_t g = 0;
-        for (; g + GROUP <= D; g += TOGETHER * GROUP) {
-            const int64_t count = (D - g) / GROUP < TOGETHER ? (D - g) / GROUP : TOGETHER;
-            if (count == TOGETHER) {  // sizes that the compiler knows
-                good &= scales.find(x + g, TOGETHER);
-                for (int k = 0; k < TOGETHER; ++k) int8_steps(x + g + k * GROUP, scales.inverse[k], out + g + k * GROUP);
-                memcpy(out + D + g / GROUP * 2, scales.half, 2 * TOGETHER);
-                continue;
-            }
-            good &= scales.find(x + g, count);
-            for (int64_t k = 0; k < count; ++k) int8_steps(x + g + k * GROUP, scales.inverse[k], out + g + k * GROUP);
-            memcpy(out + D + g / GROUP * 2, scales.half, size_t(2 * count));
-        }
-        g = D / GROUP * GROUP;
-        if (g < D) {  // the last group is filled up with zeros
-            float last[GROUP] = {};
-            uint8_t steps[GROUP];
-            memcpy(last, x + g, size_t(D - g) * 4);
-            good &= scales.find(last, 1);
-            int8_steps(last, scales.inverse[0], steps);
-            memcpy(out + g, steps, size_t(D - g));
-            memcpy(out + D + g / GROUP * 2, scales.half, 2);
-        }
-        return good;
-    }
+    static constexpr int64_t steps_at(int64_t g) { return g * GROUP; }
+    static constexpr int64_t scale_at(int64_t g, int64_t D) { return D + 2 * g; }
 };
 struct GgufQ8 {
-    static bool row(const float* x, int64_t D, uint8_t* out) {
-        Int8Scales scales;
-        bool good = true;
-        for (int64_t g = 0; g < D; g += TOGETHER * GROUP) {
-            const int64_t count = (D - g) / GROUP < TOGETHER ? (D - g) / GROUP : TOGETHER;
-            good &= scales.find(x + g, count);
-            for (int64_t k = 0; k < count; ++k, out += 34) {
-                memcpy(out, scales.half + 2 * k, 2);
-                int8_steps(x + g + k * GROUP, scales.inverse[k], out + 2);
-            }
-        }
-        return good;
-    }
+    static constexpr int64_t steps_at(int64_t g) { return g * 34 + 2; }
+    static constexpr int64_t scale_at(int64_t g, int64_t) { return g * 34; }
 };
+template <class C>
+bool encode_int8(int64_t bytes, int64_t D, const float* rows, int64_t pitch, int64_t n, uint8_t* out) {
+    const int64_t groups = (D + GROUP - 1) / GROUP, end = n * groups, rest = D % GROUP;
+    Int8Scales scales;
+    float last[TOGETHER][GROUP];  // a row's last group, filled up with zeros
+    bool good = true;
+    int64_t row = 0, g = 0, done_row = 0, done_g = 0;
+    for (int64_t done = 0; done < end;) {
+        const int count = int(end - done < TOGETHER ? end - done : TOGETHER);
+        for (int k = 0; k < count; ++k) {
+            const float* x = rows + row * pitch + g * GROUP;
+            if (++g == groups) {
+                if (rest) {
+                    memset(last[k], 0, sizeof last[k]);
+                    x = (const float*)memcpy(last[k], x, size_t(rest) * 4);
+                }
+                g = 0, ++row;
+            }
+            scales.at[k] = x;
+        }
+        good &= scales.find(count);
+        for (int k = 0; k < count; ++k) {
+            uint8_t *to = out + done_row * bytes, *steps = to + C::steps_at(done_g);
+            memcpy(to + C::scale_at(done_g, D), scales.half + 2 * k, 2);
+            if (++done_g == groups) {
+                done_g = 0, ++done_row;
+                if (rest) {
+                    uint8_t all[GROUP];
+                    int8_steps(scales.at[k], scales.inverse[k], all);
+                    memcpy(steps, all, size_t(rest));
+                    continue;
+                }
+            }
+            int8_steps(scales.at[k], scales.inverse[k], steps);
+        }
+        done += count;
+    }
+    return good;
+}
 
 // Middles of the NF4 book's neighbours in exact arithmetic, rounded down to fp32; tests/test_encode.py works them out.
 constexpr float NF4_MIDDLES[15] = {
@@ -421,8 +437,8 @@ bool encode_h2(int64_t, int64_t, const float*, int64_t, int64_t, uint8_t*);
 
 extern const EncodeTable encode_table;
 const EncodeTable encode_table = {
-    {encoder<Float32>, encoder<BFloat16>, encoder<Int8Row>, encoder<Int8>, encoder<Nf4>, encoder<Fp8E8m0>,
-     encoder<GgufQ8>, encoder<GgufQ4>, encoder<GgufIq4>, encode_h4, encode_h3, encode_h2},
+    {encoder<Float32>, encoder<BFloat16>, encoder<Int8Row>, encode_int8<Int8>, encoder<Nf4>, encoder<Fp8E8m0>,
+     encode_int8<GgufQ8>, encoder<GgufQ4>, encoder<GgufIq4>, encode_h4, encode_h3, encode_h2},
     sum_errors};
 
 }  // namespace engram::ENGRAM_ISA

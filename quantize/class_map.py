@@ -98,6 +98,16 @@ class ClassMap:
         found: Bytes = (low | high << np.uint8(1))[begin - first * BLOCK : end - first * BLOCK]
         return found
 
+    def before(self, row: int) -> list[int]:
+        """Rows of each class among the first `row` ones."""
+        if row == self.rows:
+            return list(self.counts)
+        first = row // BLOCK * BLOCK
+        pair, last = (int(word) for word in self.records[row // BLOCK, 2:])
+        others = [pair & ((1 << 32) - 1), pair >> 32, last]
+        here = np.bincount(self.classes(first, row), minlength=CLASSES).tolist()
+        return [count + more for count, more in zip([first - sum(others), *others], here, strict=True)]
+
     def check(self, path: Path) -> None:
         """RowStoreError where records are not what their planes make them: ranks, spare, bits behind the last row."""
         used = self.rows % BLOCK

@@ -55,7 +55,7 @@ def _layer(folder: Path, layout: Layout, layer: int, entry: Mapping[str, Any]) -
         dtype = "+".join(p["codec"] or "dropped" for p in parts)
     found: dict[str, Any] = {
         "layer": layer, "orders": list(layout.orders), "heads": layout.heads, "rows": rows, "width": width,
-        "dtype": dtype, "bytes": size, "row_bytes": row_bytes, "bits_per_value": 8 * row_bytes / width,
+        "dtype": dtype, "bytes": size, "row_bytes": row_bytes, "bits_per_value": 8 * size / rows / width,
     }  # fmt: skip
     if parts is not None:
         found["classes"] = [{"codec": p["codec"], "rows": p["rows"]} for p in parts]

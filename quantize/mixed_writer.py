@@ -27,13 +27,15 @@ class MixedWriter:
 
     Use as a context manager; `append` float rows until there are as many as the class map has. `codecs` has the codec
     of each class, None for one that is dropped. When the block ends `entry` holds the table's entry of a manifest
-    (FORMAT.md 3.1); when it fails, nothing stays. Raises RowStoreError for a class with rows but no entry in `codecs`,
-    and for more or fewer rows than the map has.
+    (FORMAT.md 3.1); when it fails, nothing stays. To go on after a kill: `sync`, `resume` and `keep` as RowWriter has
+    them, over all classes; `count` says where it begins. Raises RowStoreError for a class with rows but no entry in
+    `codecs`, and for more or fewer rows than the map has.
     """
 
     def __init__(
-        self, folder: Path, layer: int, class_map: ClassMap, codecs: Sequence[Codec | None], *, width: int
-    ) -> None:
+        self, folder: Path, layer: int, class_map: ClassMap, codecs: Sequence[Codec | None], *, width: int,
+        resume: int = 0, keep: bool = False,
+    ) -> None:  # fmt: skip
         if not 1 <= len(codecs) <= CLASSES:
             raise RowStoreError(f"{len(codecs)} codecs; a mixed table has 1 to {CLASSES} classes")
         for number, rows in enumerate(class_map.counts):
@@ -43,27 +45,44 @@ class MixedWriter:
         self.folder, self.layer, self.width = folder, layer, width
         self.class_map, self.codecs = class_map, list(codecs)
         self.entry: dict[str, Any] | None = None
-        self._rows = 0
-        self._written = [0] * CLASSES
+        self.count = 0
+        self._resume, self._keep = min(resume, class_map.rows), keep
+        self._written: list[int] = []  # of each class
         self._writers: dict[int, RowWriter] = {}
 
     def __enter__(self) -> Self:
+        if not self._open(self._resume):
+            self._opened.__exit__(RowStoreError, RowStoreError("not all classes are there up to this row"), None)
+            self._open(0)
+        return self
+
+    def _open(self, rows: int) -> bool:
+        """Open every class behind the first `rows` rows of the table; False where a class does not hold them."""
+        self.count, self._written = rows, self.class_map.before(rows)
+        self._writers.clear()
         name = map_name(self.layer)
         with ExitStack() as opened:
             for number, codec in enumerate(self.codecs):
-                if codec is not None and (rows := self.class_map.counts[number]):
-                    path = self.folder / part_name(name, number)
-                    writer = RowWriter(path, rows, self.width, codec, self.layer)
+                if codec is not None and self.class_map.counts[number]:
+                    writer = RowWriter(
+                        self.folder / part_name(name, number), self.class_map.counts[number], self.width, codec,
+                        self.layer, resume=self._written[number], keep=self._keep,
+                    )  # fmt: skip
                     self._writers[number] = opened.enter_context(writer)
             self._opened = opened.pop_all()
-        return self
+        return all(writer.count == self._written[number] for number, writer in self._writers.items())
+
+    def sync(self) -> None:
+        """Have all rows that were appended on the disk."""
+        for writer in self._writers.values():
+            writer.sync()
 
     def append(self, rows_ND: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Encode and store the next rows; |x - x'|^2 and |x|^2 of each, as `row_errors` gives them.
 
         Raises CodecError for values that a codec cannot hold, named by class and place in it.
         """
-        begin, end = self._rows, self._rows + len(rows_ND)
+        begin, end = self.count, self.count + len(rows_ND)
         if end > self.class_map.rows:
             raise RowStoreError(
                 f"layer {self.layer}: more rows arrive than the {self.class_map.rows} that the class map has"
@@ -83,15 +102,15 @@ class MixedWriter:
                 self._writers[number].append(encoded)
                 lost_N[here], whole_N[here] = operations.row_errors(codec, encoded, part_nD, threads=0)
             self._written[number] += len(here)
-        self._rows = end
+        self.count = end
         return lost_N, whole_N
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None and self._rows != self.class_map.rows:
+        if error is None and self.count != self.class_map.rows:
             error = RowStoreError(
-                f"layer {self.layer}: {self._rows} rows arrived of the {self.class_map.rows} that the class map has"
+                f"layer {self.layer}: {self.count} rows arrived of the {self.class_map.rows} that the class map has"
             )
         try:
             self._opened.__exit__(None if error is None else type(error), error, trace)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from engram import EngramError, Progress, __version__
+from engram import EngramError, Progress, Task, __version__
 from engram.builders.atomic import resumable_folder, sync_tree
 from engram.builders.checkpoint import MANIFEST, Checkpoint, open_checkpoint, table_file
 from engram.kernels.codecs import Floats, find_codec
@@ -163,19 +163,24 @@ def _has(folder: Path, item: Mapping[str, Any]) -> bool:
 def _write_mixed(
     checkpoint: Checkpoint, layer: int, plan: TablePlan, folder: Path, journal: Journal, progress: Progress
 ) -> tuple[dict[str, Any], RowErrors]:
-    """A table of several classes. (What was begun of one is begun anew by a later run.)"""
-    source, errors = float_rows(checkpoint, layer), RowErrors()
+    """A table of several classes, from where an earlier run came to."""
+    source = float_rows(checkpoint, layer)
     class_map = ClassMap.build(source.rows, plan.blocks(checkpoint.layout, layer))
     codecs = [None if name is None else find_codec(name) for name in plan.codecs]
+    noted = journal.notes.get(str(layer), {})
     with (
-        MixedWriter(folder, layer, class_map, codecs, width=source.width) as writer,
+        MixedWriter(
+            folder, layer, class_map, codecs, width=source.width, resume=noted.get("rows", 0), keep=True
+        ) as writer,
         progress.task(f"layer {layer} to {plan.name}", source.rows, "rows") as task,
     ):
-        for block in source.blocks(block_rows(source.width)):
-            errors.add(*writer.append(block))
+        part = _Part(layer, source.rows, writer, journal, progress, task)
+        for block in source.blocks(block_rows(source.width), writer.count):
+            part.errors.add(*writer.append(block))
             task.advance(len(block))
+            part.after(writer.count)
     assert writer.entry is not None
-    return writer.entry, errors
+    return writer.entry, part.errors
 
 
 def _write_one(
@@ -191,23 +196,37 @@ def _write_one(
         ) as writer,
         progress.task(f"layer {layer} to {codec.name}", source.rows, "rows") as task,
     ):
-        errors = RowErrors(**noted["errors"]) if writer.count else RowErrors()
+        part = _Part(layer, source.rows, writer, journal, progress, task)
+        blocks = source.blocks(block_rows(source.width, writer.geometry.rows_per_page), writer.count)
+        stream_table(
+            blocks, writer, codec, part.errors, table=f"layer {layer}", first_row=writer.count, task=task,
+            after=part.after,
+        )  # fmt: skip
+    assert writer.table_file is not None
+    return {"file": table_file(layer), **asdict(writer.table_file)}, part.errors
+
+
+class _Part:
+    """What every table does while it is written: says where it goes on, shows its rate, notes what is on the disk."""
+
+    def __init__(
+        self, layer: int, rows: int, writer: RowWriter | MixedWriter, journal: Journal, progress: Progress, task: Task
+    ) -> None:
+        noted = journal.notes.get(str(layer), {})
+        self.layer, self.writer, self.journal, self.task = layer, writer, journal, task
+        self.errors = RowErrors(**noted["errors"]) if writer.count else RowErrors()
         if noted.get("rows"):
             what = "going on at" if writer.count else "what an earlier run wrote is damaged: starting over, not at"
-            progress.say(f"layer {layer}: {what} row {noted['rows']:,} of {source.rows:,}")
+            progress.say(f"layer {layer}: {what} row {noted['rows']:,} of {rows:,}")
         task.advance(writer.count)
+        self._begin, self._first = time.monotonic(), writer.count
 
-        def after(done: int) -> None:
-            task.note(f"{(done - first) / max(time.monotonic() - begin, 1e-9):,.0f} rows/s")
-            if journal.due:
-                writer.sync()
-                journal.note(str(layer), {"rows": done, "errors": asdict(errors)})
-
-        begin, first = time.monotonic(), writer.count
-        blocks = source.blocks(block_rows(source.width, writer.geometry.rows_per_page), first)
-        stream_table(blocks, writer, codec, errors, table=f"layer {layer}", first_row=first, task=task, after=after)
-    assert writer.table_file is not None
-    return {"file": table_file(layer), **asdict(writer.table_file)}, errors
+    def after(self, done: int) -> None:
+        """So many rows of the table were appended."""
+        self.task.note(f"{(done - self._first) / max(time.monotonic() - self._begin, 1e-9):,.0f} rows/s")
+        if self.journal.due:
+            self.writer.sync()
+            self.journal.note(str(self.layer), {"rows": done, "errors": asdict(self.errors)})
 
 
 def float_rows(checkpoint: Checkpoint, layer: int) -> FloatRows:

@@ -11,9 +11,11 @@ from engram.kernels.codecs import CODECS, Bytes, Floats
 from engram.quantize.class_map import ClassMap
 from engram.quantize.mixed_file import map_name
 from engram.quantize.mixed_writer import MixedWriter
+from engram.quantize.plan import TablePlan
 
 NAMES = ("f32", "int8", None, "nf4")  # of classes 0 to 3; class 2 is dropped
 WIDTH = 40
+PLAN = TablePlan(("nf4", "int8", None), (0, 1, 0, 1), {2: np.arange(5, 8000, 7)})  # for four heads and some 8000 rows
 
 
 def pieces(array: Any, seed: int = 0) -> list[Any]:

@@ -137,6 +137,8 @@ def test_ranks_count_rows_before(tmp_path: Path) -> None:
         assert share.places is not None
         got[share.places], which[share.places] = share.ranks, share.number
     assert got.tolist() == expected and which.tolist() == class_N.tolist() and class_map.counts == seen
+    for row in (0, 1, 63, 64, 500, 999, 1000):
+        assert class_map.before(row) == np.bincount(class_N[:row], minlength=4).tolist()
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

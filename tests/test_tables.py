@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mixed_tables import PLAN
 from widths import fitting
 
 from engram import Progress, Task
@@ -203,6 +204,8 @@ import os, signal, sys
 from pathlib import Path
 from engram import Progress, Task
 from engram.quantize import journal, stream, tables
+sys.path.insert(0, sys.argv.pop())
+from mixed_tables import PLAN
 journal.EVERY_S = 0
 stream._BLOCK_BYTES = 64 * 4 * 8
 class Stop(Progress):
@@ -222,13 +225,15 @@ class Stop(Progress):
                     os.kill(os.getpid(), getattr(signal, outer.how))
         return Counting()
 source, out, codec, layer, rows, how = sys.argv[1:]
-tables.quantize(tables.QuantizeConfig(Path(source), Path(out), tables=codec), Stop(layer, int(rows), how))
+plans = {n: PLAN for n in (1, 5)} if codec == "mixed" else None
+tables.quantize(tables.QuantizeConfig(Path(source), Path(out), codec, plans), Stop(layer, int(rows), how))
 """
 
 
 def interrupted(folder: Path, layer: int, rows: int, how: str = "SIGKILL", codec: str = "int8") -> str:
     """Quantize in a child that ends when it has done more than so many rows of a layer; what it said."""
-    with run_child(BLOCKWISE, folder / "float", folder / "out", codec, layer, rows, how) as child:
+    here = Path(__file__).parent
+    with run_child(BLOCKWISE, folder / "float", folder / "out", codec, layer, rows, how, here) as child:
         said = child.communicate()[0].decode()
     assert child.returncode
     assert not (folder / "out").exists()
@@ -279,6 +284,26 @@ def test_an_interruption_while_going_on(tmp_path: Path) -> None:
     assert noted == sorted(set(noted)) and noted[0] > 0
     quantize(QuantizeConfig(tmp_path / "float", tmp_path / "out", tables="nf4"))
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("layer", "rows"), [(1, 3000), (5, 100), (5, 5000)])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_interrupted_mixed_table_goes_on(tmp_path: Path, layer: int, rows: int, damaged: bool) -> None:
+    """All classes from the row that all of them hold; from the start where one of them is damaged."""
+    tables = checkpoint(tmp_path / "float", rows_per_head=MANY)
+    plans = {n: PLAN for n in tables}
+    whole = quantize(QuantizeConfig(tmp_path / "float", tmp_path / "whole", plans=plans))
+    interrupted(tmp_path, layer, rows, codec="mixed")
+    begun = noted_rows(tmp_path, layer)
+    if damaged:
+        damage_page(tmp_path)
+    recorder = Recorder()
+    again = quantize(QuantizeConfig(tmp_path / "float", tmp_path / "out", plans=plans), recorder)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole") and begun % 64 == 0
+    for number, table in again["tables"].items():
+        assert table["rel_error"] == pytest.approx(whole["tables"][number]["rel_error"], rel=1e-12)
+    words = "what an earlier run wrote is damaged: starting over, not at" if damaged else "going on at"
+    assert f"layer {layer}: {words} row {begun:,} of {len(tables[layer]):,}" in recorder.said
 
 
 def damage_page(folder: Path) -> None:

@@ -12,7 +12,7 @@ from engram.cli import options, progress, ui
 from engram.cli.inspect import quality_words
 from engram.cli.sizes import parse_count, parse_size, show_bytes
 
-CODECS = "int8 int8-row nf4 q4_0 h4 h3 h2 q8_0 iq4_nl fp8-e8m0 fp8-row bf16 f32".split()
+CODECS = "int8 int8-row nf4 q4_0 h4 h3 h2 h1 q8_0 iq4_nl fp8-e8m0 fp8-row bf16 f32".split()
 
 
 def _codec_names(incomplete: str) -> list[str]:

@@ -30,7 +30,7 @@ from engram.kernels.codec_base import (
 from engram.kernels.fp_codecs import Fp8E8m0, Fp8Row, Fp8Tensor, Nvfp4, fitted, with_bits
 from engram.kernels.gguf_codecs import Q4_0, Q8_0, Iq4Nl
 from engram.kernels.group_codecs import Int8, Nf4
-from engram.kernels.hadamard_codecs import H2, H3, H4
+from engram.kernels.hadamard_codecs import H1, H2, H3, H4
 
 __all__ = ["CODECS", "Bytes", "Codec", "CodecError", "Decoded", "Floats", "find_codec", "with_factor"]
 
@@ -157,8 +157,8 @@ class Int8Row:
 
 
 _ALL: tuple[Codec, ...] = (
-    Float32(), BFloat16(), Int8Row(), Int8(), Nf4(), Fp8E8m0(), Q8_0(), Q4_0(), Iq4Nl(), H4, H3, H2, Fp8Row(),
-    Fp8Tensor(), Nvfp4(),
+    Float32(), BFloat16(), Int8Row(), Int8(), Nf4(), Fp8E8m0(), Q8_0(), Q4_0(), Iq4Nl(), H4, H3, H2, H1,
+    Fp8Row(), Fp8Tensor(), Nvfp4(),
 )  # fmt: skip
 CODECS: dict[str, Codec] = {codec.name.partition(":")[0]: codec for codec in _ALL}  # those with a factor: with 1
 

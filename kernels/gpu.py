@@ -24,7 +24,7 @@ from engram.kernels.codecs import Codec
 from engram.kernels.fp_codecs import E2M1
 from engram.kernels.gguf_codecs import IQ4_NL_BOOK
 from engram.kernels.group_codecs import NF4_BOOK
-from engram.kernels.hadamard_codecs import H2, H3, H4, Hadamard
+from engram.kernels.hadamard_codecs import H1, H2, H3, H4, Hadamard
 from engram.kernels.reference import KernelError, row_outside
 
 try:
@@ -37,7 +37,7 @@ KINDS = {"plain": 0, "sqrt": 1, "copysign": 2}  # of the gate, as in GateConfig
 FEW_ROWS = 256  # up to here one program takes one row, so that all are in flight at once
 TILE = 2048  # values that one program holds
 HASH_TILE = 16  # positions that one program hashes
-_BOOKS = {4: NF4_BOOK, 8: IQ4_NL_BOOK, 14: E2M1, **{codec.code: codec.steps for codec in (H4, H3, H2)}}  # by code
+_BOOKS = {4: NF4_BOOK, 8: IQ4_NL_BOOK, 14: E2M1} | {codec.code: codec.steps for codec in (H4, H3, H2, H1)}  # by code
 _FAULT_WORDS = {1: "row id {} is outside its table", 2: "token id {} is outside the vocabulary"}
 _faults: dict[torch.device, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""Row codecs h4, h3, h2: a rotation makes the values of any row nearly Gaussian, so that one book and one scale serve.
+"""Row codecs h4 to h1: a rotation makes the values of any row nearly Gaussian, so that one book and one scale serve.
 
 Rotation: column j is multiplied by a fixed sign, then each block of B columns (the largest power of two that divides D)
 by the Hadamard matrix of that size. The entries of the books are whole numbers, so the sums of decoding are exact and
@@ -145,6 +145,7 @@ class Hadamard:
 H4 = Hadamard("h4", 9, (4,), (-104, -79, -62, -48, -36, -25, -15, -5, 5, 15, 25, 36, 48, 62, 79, 104), 38)
 H3 = Hadamard("h3", 10, (2, 1), (-88, -55, -31, -10, 10, 31, 55, 88), 41)
 H2 = Hadamard("h2", 11, (2,), (-80, -24, 24, 80), 53)
+H1 = Hadamard("h1", 15, (1,), (-1, 1), 1)
 
 
 def block_of(width: int) -> int:

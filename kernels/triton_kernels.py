@@ -30,6 +30,7 @@ H2 = tl.constexpr(11)
 FP8_ROW = tl.constexpr(12)
 FP8_TENSOR = tl.constexpr(13)
 NVFP4 = tl.constexpr(14)
+H1 = tl.constexpr(15)
 
 BAD_ROW = tl.constexpr(1)  # what the fault words say: [0] one of these, [1] the id
 BAD_TOKEN = tl.constexpr(2)
@@ -101,7 +102,7 @@ def _hadamard(
     row, c, inside, book, factor, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
     CODE: tl.constexpr,
 ):  # fmt: skip
-    """Bits of h4, h3, h2; `factor` is the codec's norm at this width."""
+    """Bits of h4 to h1; `factor` is the codec's norm at this width."""
     c = c + 0 * row.to(tl.int64)
     if CODE == H4:
         code = _plane(row, c, inside, D, 4)
@@ -109,9 +110,12 @@ def _hadamard(
     elif CODE == H3:
         code = _plane(row, c, inside, D, 2) | (_plane(row + D // 4, c, inside, D, 1) << 2)
         scale, bad = _half(row + D // 8 * 3 + 0 * c, inside)
-    else:
+    elif CODE == H2:
         code = _plane(row, c, inside, D, 2)
         scale, bad = _half(row + D // 4 + 0 * c, inside)
+    else:
+        code = _plane(row, c, inside, D, 1)
+        scale, bad = _half(row + D // 8 + 0 * c, inside)
     sums = _butterflies(tl.load(book + code), BR, BD, BLOCK)
     h = (c + 1).to(tl.uint32)
     h = (h ^ (h >> 16)) * 0x85EBCA6B
@@ -220,7 +224,7 @@ def gather_rows(
     at = address.to(tl.int64).to(tl.pointer_type(tl.uint8)) + start
     c = tl.arange(0, BD)
     inside = ((slot < slots) & known)[:, None] & (c < D)[None, :]
-    if CODE == H4 or CODE == H3 or CODE == H2:
+    if CODE == H4 or CODE == H3 or CODE == H2 or CODE == H1:
         bits = _hadamard(at[:, None], c[None, :], inside, book, factor, D, BR, BD, D & -D, CODE)
     else:
         bits = _decoded(at[:, None], c[None, :], inside, book, factor, D, CODE, ALIGNED)

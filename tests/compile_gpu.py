@@ -40,7 +40,7 @@ def assembly(kernel: Any, types: str, **constants: int) -> str:
     return code if isinstance(code, str) else code.decode()
 
 
-for code, width in enumerate((64, 160, 256, 160, 72, 256, 160, 256, 160, 256, 256, 160, 64, 160, 256)):
+for code, width in enumerate((64, 160, 256, 160, 72, 256, 160, 256, 160, 256, 256, 160, 64, 160, 256, 160)):
     wide = 1 << (width - 1).bit_length()
     for out, tile, more in (("*i32", 2048 // wide, {}), ("*i16", 1, {"rows_per_page": 1})):
         pages = "" if more else "i32"

@@ -23,7 +23,7 @@ from engram.kernels.group_codecs import NF4_BOOK
 
 GOLDEN = Path(__file__).parent / "golden"
 ALL = sorted(CODECS)
-ROTATED = {"h4", "h3", "h2"}  # test_hadamard_codecs.py
+ROTATED = {"h4", "h3", "h2", "h1"}  # test_hadamard_codecs.py
 SCALED = sorted(set(ALL) - {"f32", "bf16"} - ROTATED)
 BLOCKS = {"q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0,
           "iq4_nl": gguf.GGMLQuantizationType.IQ4_NL}  # fmt: skip
@@ -237,7 +237,7 @@ def unshrunk_by_hand(group: Floats, steps: list[float], plain: float) -> bytes:
     return struct.pack("<e", np.float16(np.float32(whole / along if along else plain)))
 
 
-@pytest.mark.parametrize("name", ["nf4", "iq4_nl", "h4", "h3", "h2"])
+@pytest.mark.parametrize("name", ["nf4", "iq4_nl", "h4", "h3", "h2", "h1"])
 def test_rows_keep_their_length_along_themselves(name: str) -> None:
     """What a model's loss follows in first order: <x, x'> = <x, x>, up to the rounding of the stored scale."""
     generator = np.random.default_rng(1)
@@ -336,7 +336,7 @@ def test_codes_bytes_and_groups() -> None:
         "f32": (0, None, 288), "bf16": (1, None, 144), "int8-row": (2, None, 76), "int8": (3, 32, 78),
         "nf4": (4, 32, 42), "fp8-e8m0": (5, 32, 75), "q8_0": (6, 32, 102), "q4_0": (7, 32, 54), "iq4_nl": (8, 32, 54),
         "h4": (9, None, 38), "h3": (10, None, 29), "h2": (11, None, 20), "fp8-row": (12, None, 76),
-        "fp8-tensor": (13, None, 72), "nvfp4": (14, 16, 54),
+        "fp8-tensor": (13, None, 72), "nvfp4": (14, 16, 54), "h1": (15, None, 11),
     }  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def test_the_tables_factor_reaches_the_kernels(path: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("path", CPP)
-@pytest.mark.parametrize("name", ["h4", "h3", "h2"])
+@pytest.mark.parametrize("name", ["h4", "h3", "h2", "h1"])
 @pytest.mark.parametrize("width", [2048, 4096])
 def test_the_widest_rows_are_read_whole(path: str, name: str, width: int) -> None:
     """Rotations over more than 256 columns, and rows longer than the place where short ones are staged."""

@@ -1,4 +1,4 @@
-"""h4, h3, h2: against a slow float64 implementation written from FORMAT.md, and the error table measured before."""
+"""h4 to h1: against a slow float64 implementation written from FORMAT.md, and the error table measured before."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from engram.kernels.codecs import CODECS, CodecError, Floats
 from engram.kernels.hadamard_codecs import column_signs
 
-NAMES = ("h4", "h3", "h2")
+NAMES = ("h4", "h3", "h2", "h1")
 # Relative error at D = 256 of Gaussian and of heavy-tailed rows, by another implementation (fp32 books, fp64 rotation).
-ERRORS = {"h4": (0.0968, 0.0949), "h3": (0.1845, 0.1815), "h2": (0.3411, 0.3354)}
-PLANES = {"h4": (4,), "h3": (2, 1), "h2": (2,)}
-BOOKS = {"h4": (38, [5, 15, 25, 36, 48, 62, 79, 104]), "h3": (41, [10, 31, 55, 88]), "h2": (53, [24, 80])}
+ERRORS = {"h4": (0.0968, 0.0949), "h3": (0.1845, 0.1815), "h2": (0.3411, 0.3354), "h1": (0.6018, 0.5943)}
+PLANES = {"h4": (4,), "h3": (2, 1), "h2": (2,), "h1": (1,)}
+BOOKS = {"h4": (38, [5, 15, 25, 36, 48, 62, 79, 104]), "h3": (41, [10, 31, 55, 88]), "h2": (53, [24, 80]),
+         "h1": (1, [1])}  # fmt: skip
 
 
 def sign(column: int) -> int:
@@ -125,7 +126,7 @@ def test_error_does_not_depend_on_the_distribution(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_book_is_the_best_for_its_bits(name: str) -> None:
     """Error of the book on a normal distribution, by integration, against Max's quantizers (1960, table I)."""
-    best = {"h4": 0.009497, "h3": 0.03454, "h2": 0.1175}[name]
+    best = {"h4": 0.009497, "h3": 0.03454, "h2": 0.1175, "h1": 0.3634}[name]
     unit, upper = BOOKS[name]
     assert CODECS[name].book == tuple([-b for b in reversed(upper)] + upper)  # type: ignore[attr-defined]
     x = np.linspace(0, 12, 2_000_001)
@@ -137,10 +138,13 @@ def test_the_book_is_the_best_for_its_bits(name: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(NAMES), st.integers(1, 40), st.integers(0, 2**32 - 1), st.integers(-8, 8))
-def test_no_row_comes_back_much_further_off_than_zeros_would_be(name: str, eighths: int, seed: int, power: int) -> None:
+def test_how_far_off_a_row_comes_back(name: str, eighths: int, seed: int, power: int) -> None:
+    """Not much further than zeros are, unless one block holds nearly all: the smallest steps elsewhere add up."""
     rows = (np.random.default_rng(seed).standard_t(2, (3, 8 * eighths)) * 2.0**power).astype(np.float32)
     back = CODECS[name].decode(CODECS[name].encode(rows), 8 * eighths)
-    assert (np.linalg.norm(back - rows, axis=1) <= 1.5 * np.linalg.norm(rows, axis=1)).all()
+    upper = BOOKS[name][1]
+    most = max(1.5, upper[0] / upper[-1] * np.sqrt(8 * eighths))
+    assert (np.linalg.norm(back - rows, axis=1) <= most * np.linalg.norm(rows, axis=1)).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,7 +158,7 @@ def test_a_scale_beyond_fp16_is_refused(name: str, large: float) -> None:
     assert "int8-row" in (refused.value.hint or "")
 
 
-@pytest.mark.parametrize(("name", "width", "step"), [("h4", 7, 2), ("h2", 30, 4), ("h3", 36, 8)])
+@pytest.mark.parametrize(("name", "width", "step"), [("h4", 7, 2), ("h2", 30, 4), ("h3", 36, 8), ("h1", 36, 8)])
 def test_widths_that_do_not_fill_bytes_are_refused(name: str, width: int, step: int) -> None:
     rows: Floats = np.zeros((2, width), dtype=np.float32)
     with pytest.raises(CodecError, match=f"row width {width} must be a multiple of {step}"):

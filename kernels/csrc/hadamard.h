@@ -1,4 +1,4 @@
-// The rotation of h4, h3, h2 (kernels/hadamard_codecs.py), once per instruction set. Included by csrc/isa/rows.cpp only.
+// The rotation of h4 to h1 (kernels/hadamard_codecs.py), once per instruction set. Included by csrc/isa/rows.cpp only.
 //
 // Books hold whole numbers up to 104, so sums of up to 256 of them fit 16 bits and larger ones are whole fp32 numbers:
 // nothing is rounded, the order of additions is free, and 16-bit lanes do twice the work of fp32.
@@ -129,21 +129,24 @@ struct FourBits {
         for (int64_t i = 0; i < half; i += 16) store_steps(t + half + i, look_up(book, high_nibbles(load16(p + i))));
     }
 };
+// A code that is one plane, from part k on.
+template <int bits, int k = 0> inline void plane_steps(const uint8_t* p, int64_t D, const B16& book, int16_t* t) {
+    const int64_t each = D * bits / 8;
+    for (int64_t i = 0; i < each; i += 16)
+        store_steps(t + k * each + i, look_up(book, bits_of<k * bits, (1 << bits) - 1>(load16(p + i))));
+    if constexpr ((k + 1) * bits < 8) plane_steps<bits, k + 1>(p, D, book, t);
+}
 struct TwoBits {
     static constexpr int BITS = 2;
     static constexpr int RMS = 53;
     static constexpr int8_t BOOK[16] = {-80, -24, 24, 80};
-    template <int k> static void part(const uint8_t* p, int64_t each, const B16& book, int16_t* t) {
-        for (int64_t i = 0; i < each; i += 16)
-            store_steps(t + k * each + i, look_up(book, bits_of<2 * k, 3>(load16(p + i))));
-    }
-    static void steps(const uint8_t* p, int64_t D, const B16& book, int16_t* t) {
-        const int64_t each = D / 4;
-        part<0>(p, each, book, t);
-        part<1>(p, each, book, t);
-        part<2>(p, each, book, t);
-        part<3>(p, each, book, t);
-    }
+    static void steps(const uint8_t* p, int64_t D, const B16& book, int16_t* t) { plane_steps<2>(p, D, book, t); }
+};
+struct OneBit {
+    static constexpr int BITS = 1;
+    static constexpr int RMS = 1;
+    static constexpr int8_t BOOK[16] = {-1, 1};
+    static void steps(const uint8_t* p, int64_t D, const B16& book, int16_t* t) { plane_steps<1>(p, D, book, t); }
 };
 struct ThreeBits {
     static constexpr int BITS = 3;

@@ -24,6 +24,7 @@ int64_t row_bytes(int codec, int64_t width) {
         case FP8_ROW: return width + 4;
         case FP8_TENSOR: return width;
         case NVFP4: return width % 16 ? -1 : width / 16 * 9;
+        case H1: return width % 8 || width > WIDEST_ROTATED ? -1 : width / 8 + 2;
         default: return -1;
     }
 }

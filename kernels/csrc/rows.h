@@ -7,7 +7,7 @@ namespace engram {
 
 // The numbers are Codec.code in kernels/codecs.py.
 enum Codec : int { F32 = 0, BF16, INT8_ROW, INT8, NF4, FP8_E8M0, Q8_0, Q4_0, IQ4_NL, H4, H3, H2, FP8_ROW,
-                   FP8_TENSOR, NVFP4, CODEC_COUNT };
+                   FP8_TENSOR, NVFP4, H1, CODEC_COUNT };
 
 // How rows are encoded: the codec, and the table-wide factor of those that have one (1 otherwise).
 struct RowCodec {
@@ -15,7 +15,7 @@ struct RowCodec {
     float factor = 1;
 };
 
-constexpr int64_t WIDEST_ROTATED = 4096;  // columns of h4, h3, h2: their decoders have room for no more
+constexpr int64_t WIDEST_ROTATED = 4096;  // columns of h4 to h1: their decoders have room for no more
 
 // Bytes of one row, or -1 for a width that the codec cannot hold.
 int64_t row_bytes(int codec, int64_t width);

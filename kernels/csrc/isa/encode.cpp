@@ -434,11 +434,13 @@ void sum_errors(int64_t D, const float* rows, int64_t pitch, const float* back, 
 bool encode_h4(int64_t, int64_t, const float*, int64_t, int64_t, uint8_t*);  // encode_hadamard.cpp
 bool encode_h3(int64_t, int64_t, const float*, int64_t, int64_t, uint8_t*);
 bool encode_h2(int64_t, int64_t, const float*, int64_t, int64_t, uint8_t*);
+bool encode_h1(int64_t, int64_t, const float*, int64_t, int64_t, uint8_t*);
 
 extern const EncodeTable encode_table;
 const EncodeTable encode_table = {
     {encoder<Float32>, encoder<BFloat16>, encoder<Int8Row>, encode_int8<Int8>, encoder<Nf4>, encoder<Fp8E8m0>,
-     encode_int8<GgufQ8>, encoder<GgufQ4>, encoder<GgufIq4>, encode_h4, encode_h3, encode_h2},
+     encode_int8<GgufQ8>, encoder<GgufQ4>, encoder<GgufIq4>, encode_h4, encode_h3, encode_h2, nullptr,
+     nullptr, nullptr, encode_h1},
     sum_errors};
 
 }  // namespace engram::ENGRAM_ISA

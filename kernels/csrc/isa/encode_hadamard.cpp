@@ -1,4 +1,4 @@
-// Encoders of h4, h3, h2, compiled once per instruction set: kernels/hadamard_codecs.py step by step, the same bits.
+// Encoders of h4 to h1, compiled once per instruction set: kernels/hadamard_codecs.py step by step, the same bits.
 #include <cmath>
 #include <utility>
 
@@ -118,6 +118,9 @@ bool encode_h3(int64_t bytes, int64_t D, const float* rows, int64_t pitch, int64
 }
 bool encode_h2(int64_t bytes, int64_t D, const float* rows, int64_t pitch, int64_t n, uint8_t* out) {
     return rows_of<TwoBits>(bytes, D, rows, pitch, n, out);
+}
+bool encode_h1(int64_t bytes, int64_t D, const float* rows, int64_t pitch, int64_t n, uint8_t* out) {
+    return rows_of<OneBit>(bytes, D, rows, pitch, n, out);
 }
 
 }  // namespace engram::ENGRAM_ISA

@@ -240,7 +240,8 @@ extern const RowTable row_table;
 const RowTable row_table = {
     {decoder<Float32>, decoder<BFloat16>, decoder<Int8Row>, decoder<Int8>, decoder<Nf4>, decoder<Fp8E8m0>,
      decoder<GgufQ8>, decoder<GgufBook<Q4_BOOK>>, decoder<GgufBook<IQ4_BOOK>>, decoder<Hadamard<FourBits>>,
-     decoder<Hadamard<ThreeBits>>, decoder<Hadamard<TwoBits>>, decoder<Fp8Row>, decoder<Fp8Tensor>, decoder<Nvfp4>},
+     decoder<Hadamard<ThreeBits>>, decoder<Hadamard<TwoBits>>, decoder<Fp8Row>, decoder<Fp8Tensor>, decoder<Nvfp4>,
+     decoder<Hadamard<OneBit>>},
     copier};
 
 }  // namespace engram::ENGRAM_ISA

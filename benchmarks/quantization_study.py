@@ -38,7 +38,7 @@ from engram.runtime.quality_gate import QualityConfig, context_of, float_model, 
 from engram.runtime.readout import Readout
 from engram.runtime.row_sources import FloatTables, PlannedRows
 
-BUDGETS = (1.0, 0.75, 0.6)  # of what nf4 takes
+BUDGETS = (1.0, 0.75, 0.6, 0.4)  # of what nf4 takes
 GRID_TABLES = ("f32", "int8", "nf4", "h2")
 GRID_BACKBONES = ("int8", "int4")
 TOKENS = {"smollm2": 16_384, "gemma3": 6_144}  # Gemma's vocabulary of 262,144 makes a token five times as dear

@@ -10,8 +10,10 @@ Shape letters: C columns, D row width, U distinct rows, K codecs, H hidden width
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,10 @@ from engram.quantize.plan import MOST_CLASSES, TablePlan
 from engram.runtime.calibrate import RowWeights
 from engram.runtime.row_sources import FloatTables, through_codec
 
-CANDIDATES = ("bf16", "int8", "int8-row", "iq4_nl", "nf4", "q4_0", "h4", "h3", "h2")
+CANDIDATES = ("bf16", "int8", "int8-row", "iq4_nl", "nf4", "q4_0", "h4", "h3", "h2", "h1")
 _SAMPLE = 4096  # rows on which a codec's error is measured
-_STEPS = 12  # bisections of the price; each measured one costs a pass over the text
-_MEASURED_STEPS = 7
+_STEPS = 28  # bisections of the price
+_MEASURED_STEPS = 7  # each costs a pass over the text
 
 
 class SearchError(EngramError):
@@ -43,23 +45,55 @@ class _Table:
     cost_U: NDArray[np.float64]  # of a relative error of 1
     column_U: NDArray[np.int64]
     unseen_C: NDArray[np.float64]  # the same of one unseen row of each head
-    codecs: tuple[str, ...]  # finest first
+    unseen_rows_C: NDArray[np.int64]
+    codecs: tuple[str, ...]  # finest first, each the best at some price
     bytes_K: NDArray[np.float64]
     error_K: NDArray[np.float64]  # squared
 
+    @cached_property
+    def _ascending(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Costs in order, and their sums from the first on."""
+        costs = np.sort(self.cost_U)
+        return costs, np.concatenate([[0.0], np.cumsum(costs)])
 
-def plans_for(tables: Sequence[_Table], price: float, layout: Layout, drop_unseen: bool) -> dict[int, TablePlan]:
-    """The best codec of every row when a byte costs `price`."""
+    def spent(self, price: float, codecs: Iterable[int], unseen: bool) -> float:
+        """What all rows cost, bytes and errors, where each has the best of these codecs."""
+        kept = list(codecs)
+        costs, sums = self._ascending
+        finer = np.array([
+            price * (self.bytes_K[fine] - self.bytes_K[coarse]) / (self.error_K[coarse] - self.error_K[fine])
+            for fine, coarse in pairwise(kept)
+        ])  # fmt: skip
+        ends = np.concatenate([[len(costs)], np.searchsorted(costs, finer, side="right"), [0]])
+        rows, weights = -np.diff(ends), -np.diff(sums[ends])
+        total = float((self.error_K[kept] * weights + price * self.bytes_K[kept] * rows).sum())
+        if unseen:
+            each_C = (self.unseen_C[:, None] * self.error_K[kept] + price * self.bytes_K[kept]).min(1)
+            total += float(each_C @ self.unseen_rows_C)
+        return total
+
+    def chosen(self, price: float, most: int, unseen: bool) -> list[int]:
+        """The codecs, at most so many of them, with which the table costs least."""
+        every = range(len(self.codecs))
+        return list(min(combinations(every, min(most, len(every))), key=lambda kept: self.spent(price, kept, unseen)))
+
+
+def plans_for(
+    tables: Sequence[_Table], price: float, layout: Layout, drop_unseen: bool, codecs_at: float | None = None
+) -> dict[int, TablePlan]:
+    """The best codec of every row when a byte costs `price`, among those that are chosen at the price `codecs_at`."""
     found = {}
     for table in tables:
-        best_U = (table.cost_U[:, None] * table.error_K + price * table.bytes_K).argmin(1)
-        best_C = (table.unseen_C[:, None] * table.error_K + price * table.bytes_K).argmin(1)
-        codecs: list[str | None] = list(table.codecs)
+        kept = table.chosen(codecs_at or price, MOST_CLASSES - drop_unseen, not drop_unseen)
+        error_K, bytes_K = table.error_K[kept], price * table.bytes_K[kept]
+        best_U = (table.cost_U[:, None] * error_K + bytes_K).argmin(1)
+        best_C = (table.unseen_C[:, None] * error_K + bytes_K).argmin(1)
+        codecs: list[str | None] = [table.codecs[k] for k in kept]
         if drop_unseen:
             codecs.append(None)
             best_C = np.full(layout.columns, len(codecs) - 1)
         own_U = best_C[table.column_U]
-        listed = {k: table.rows_U[(best_U == k) & (own_U != k)] for k in range(len(table.codecs))}
+        listed = {k: table.rows_U[(best_U == k) & (own_U != k)] for k in range(len(kept))}
         found[table.layer] = _compact(codecs, best_C, {k: rows for k, rows in listed.items() if len(rows)})
     return found
 
@@ -76,7 +110,7 @@ def _compact(codecs: Sequence[str | None], heads_C: Any, listed: Mapping[int, An
 
 def look_at(
     source: FloatTables, layout: Layout, weights: Mapping[int, RowWeights], values: Mapping[int, NDArray[np.float32]],
-    *, keep: int = MOST_CLASSES, candidates: Sequence[str] = CANDIDATES,
+    *, candidates: Sequence[str] = CANDIDATES,
 ) -> list[_Table]:  # fmt: skip
     """What the search needs of every table. `values`: each layer's value projection [H, E]."""
     found = []
@@ -89,6 +123,7 @@ def look_at(
             for i in range(0, len(weight.rows_U), 1 << 16)
         ])  # fmt: skip
         column_U = np.searchsorted(layout.offsets(layer), weight.rows_U, side="right") - 1
+        rows_C = np.diff(layout.offsets(layer), append=layout.table_rows[layer])
         generator = np.random.default_rng(layer)
         drawn = generator.integers(0, layout.table_rows[layer], size=_SAMPLE)
         typical = float(np.square(source.rows(layer, np.unique(drawn)).astype(np.float64)).sum(1).mean())
@@ -97,10 +132,11 @@ def look_at(
         chance = heavy / heavy.sum() if heavy.sum() else None
         sample = np.unique(generator.choice(weight.rows_U, size=min(_SAMPLE, len(weight.rows_U)), p=chance))
         names, size_K, error_K = _errors(source.rows(layer, sample), layer, candidates)
-        hull = _hull(size_K, error_K, keep)
+        hull = _hull(size_K, error_K)
         found.append(_Table(
             layer, weight.rows_U, heavy * reach_C[column_U], column_U, unseen * typical * reach_C,
-            tuple(names[k] for k in hull), size_K[hull], error_K[hull],
+            rows_C - np.bincount(column_U, minlength=layout.columns), tuple(names[k] for k in hull),
+            size_K[hull], error_K[hull],
         ))  # fmt: skip
     return found
 
@@ -121,11 +157,8 @@ def _errors(rows_UD: Any, layer: int, candidates: Sequence[str]) -> tuple[list[s
     return names, np.array(sizes), np.array(errors)
 
 
-def _hull(size_K: Any, error_K: Any, keep: int) -> list[int]:
-    """The codecs that are best at some price, largest first: the lower convex hull; at most `keep` of them.
-
-    Where there are more, those go that save least, the largest and the smallest last.
-    """
+def _hull(size_K: Any, error_K: Any) -> list[int]:
+    """The codecs that are best at some price, largest first: the lower convex hull."""
     hull: list[int] = []
     for k in sorted(range(len(size_K)), key=lambda k: (size_K[k], error_K[k])):
         while hull and error_K[k] >= error_K[hull[-1]] and size_K[k] >= size_K[hull[-1]]:
@@ -134,23 +167,13 @@ def _hull(size_K: Any, error_K: Any, keep: int) -> list[int]:
             while len(hull) > 1 and _above(size_K, error_K, hull[-2], hull[-1], k):
                 hull.pop()
             hull.append(k)
-    while len(hull) > keep:
-        gains = [
-            math.log(_between(size_K, error_K, hull[i - 1], hull[i + 1], hull[i]) / max(error_K[hull[i]], 1e-300))
-            for i in range(1, len(hull) - 1)
-        ]
-        hull.pop(1 + int(np.argmin(gains)))
     return hull[::-1]
 
 
-def _between(size_K: Any, error_K: Any, small: int, large: int, k: int) -> float:
-    """Error on the line between two codecs at the size of a third."""
-    share = (size_K[k] - size_K[small]) / (size_K[large] - size_K[small])
-    return float(error_K[small] + share * (error_K[large] - error_K[small]))
-
-
 def _above(size_K: Any, error_K: Any, small: int, middle: int, large: int) -> bool:
-    return bool(error_K[middle] >= _between(size_K, error_K, small, large, middle))
+    """Whether a codec is no better than the line between a smaller and a larger one."""
+    share = (size_K[middle] - size_K[small]) / (size_K[large] - size_K[small])
+    return bool(error_K[middle] >= error_K[small] + share * (error_K[large] - error_K[small]))
 
 
 def total_bytes(plans: Mapping[int, TablePlan], layout: Layout) -> int:
@@ -171,13 +194,37 @@ def within_bytes(
         )
     if total_bytes(plans_for(tables, low, layout, drop_unseen), layout) <= budget:
         return plans_for(tables, low, layout, drop_unseen)
-    for _ in range(4 * _STEPS):
+
+    def fits(price: float, codecs_at: float | None = None) -> bool:
+        return total_bytes(plans_for(tables, price, layout, drop_unseen, codecs_at), layout) <= budget
+
+    low, high = _bisected(fits, low, high, _STEPS)
+    found = [(high, high)]
+    for codecs_at in (low, high):  # where other codecs are chosen bytes jump: go on with either choice
+        def fits_still(price: float, codecs_at: float = codecs_at) -> bool:
+            return fits(price, codecs_at)
+
+        if fits_still(16 * high):
+            found.append((_bisected(fits_still, low / 16, 16 * high, _STEPS // 2)[1], codecs_at))
+    plans = [plans_for(tables, price, layout, drop_unseen, codecs_at) for price, codecs_at in found]
+    return min(plans, key=lambda plan: sum(_lost(table, plan[table.layer], layout) for table in tables))
+
+
+def _bisected(fits: Callable[[float], bool], low: float, high: float, steps: int) -> tuple[float, float]:
+    """Two prices close together, of which the higher one fits."""
+    for _ in range(steps):
         middle = math.sqrt(low * high)
-        if total_bytes(plans_for(tables, middle, layout, drop_unseen), layout) > budget:
-            low = middle
-        else:
-            high = middle
-    return plans_for(tables, high, layout, drop_unseen)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return low, high
+
+
+def _lost(table: _Table, plan: TablePlan, layout: Layout) -> float:
+    """What the errors of a plan cost."""
+    error_K = np.array([
+        table.error_K[table.codecs.index(codec)] if codec is not None else 1.0 for codec in plan.codecs
+    ])  # fmt: skip
+    unseen = float(error_K[list(plan.heads)] @ (table.unseen_C * table.unseen_rows_C))
+    return unseen + float(error_K[plan.classes(table.rows_U, layout, table.layer)] @ table.cost_U)
 
 
 def within_loss(

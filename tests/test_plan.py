@@ -118,7 +118,8 @@ def table(seed: int, seen: int = 6) -> _Table:
     rows = np.sort(generator.choice(ROWS, size=seen, replace=False))
     column = np.searchsorted(LAYOUT.offsets(1), rows, side="right") - 1
     return _Table(
-        1, rows, generator.lognormal(0, 3, size=seen), column, np.full(LAYOUT.columns, 1e-9), ("int8", "nf4", "h"),
+        1, rows, generator.lognormal(0, 3, size=seen), column, np.full(LAYOUT.columns, 1e-9),
+        np.diff(LAYOUT.offsets(1), append=ROWS) - np.bincount(column, minlength=LAYOUT.columns), ("int8", "nf4", "h"),
         np.array([34.0, 18.0, 10.0]), np.array([3e-5, 8e-3, 0.1]),
     )  # fmt: skip
 
@@ -172,11 +173,29 @@ def test_the_smallest_plan_that_passes_is_found() -> None:
 def test_only_codecs_that_are_best_at_some_price_are_left() -> None:
     size = np.array([36.0, 34, 18, 18, 14, 10, 19])
     error = np.array([1e-6, 1e-5, 8e-3, 1e-2, 5e-2, 0.1, 9e-3])
-    for keep in (7, 4, 3):
-        hull = _hull(size, error, keep)
-        assert len(hull) <= keep and hull[0] == 0 and hull[-1] == 5, "finest first, the ends stay"
-        assert all(size[a] > size[b] and error[a] < error[b] for a, b in itertools.pairwise(hull))
-    assert 3 not in _hull(size, error, 7) and 6 not in _hull(size, error, 7), "beaten by another of its size"
+    hull = _hull(size, error)
+    assert hull[0] == 0 and hull[-1] == 5, "finest first, the ends stay"
+    assert all(size[a] > size[b] and error[a] < error[b] for a, b in itertools.pairwise(hull))
+    assert 3 not in hull and 6 not in hull, "beaten by another of its size"
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_table_keeps_the_codecs_with_which_it_costs_least(seed: int, unseen: bool) -> None:
+    one = table(seed, seen=200)
+    names = ("bf16", "int8", "nf4", "h3", "h2", "h1")
+    size, error = np.array([64.0, 34, 18, 14, 10, 6]), np.array([3e-6, 3e-5, 8e-3, 3e-2, 0.1, 0.5])
+    one = replace(one, codecs=names, bytes_K=size, error_K=error, unseen_C=np.array([1e-3, 0.1, 1.0, 30.0]))
+    costs_N = np.concatenate([one.cost_U, np.repeat(one.unseen_C, one.unseen_rows_C)])
+    for price in (1e-6, 1e-4, 1e-2, 1.0):
+        spent = {}
+        for kept in itertools.combinations(range(6), 4):
+            here = costs_N if unseen else one.cost_U
+            spent[kept] = (here[:, None] * error[list(kept)] + price * size[list(kept)]).min(1).sum()
+            assert one.spent(price, kept, unseen) == pytest.approx(spent[kept], rel=1e-9)
+        assert spent[tuple(one.chosen(price, 4, unseen))] == min(spent.values())
+        plan = plans_for([one], price, LAYOUT, not unseen)[1]
+        assert len(plan.codecs) <= 4 and (unseen or None in plan.codecs)
 
 
 def test_a_codec_that_the_width_forbids_is_no_candidate() -> None:

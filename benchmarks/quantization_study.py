@@ -41,7 +41,7 @@ from engram.runtime.row_sources import FloatTables, PlannedRows
 BUDGETS = (1.0, 0.75, 0.6, 0.4)  # of what nf4 takes
 GRID_TABLES = ("f32", "int8", "nf4", "h2")
 GRID_BACKBONES = ("int8", "int4")
-TOKENS = {"smollm2": 16_384, "gemma3": 6_144}  # Gemma's vocabulary of 262,144 makes a token five times as dear
+TOKENS = {"smollm2": 16_384, "gemma3": 3_072}  # Gemma's vocabulary of 262,144 makes a token five times as dear
 
 
 class Study:
@@ -194,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", default="", help="names of memories, with commas")
-    parser.add_argument("--tokens", type=int, default=0, help="held-out tokens a memory (0: 16,384, for Gemma 6,144)")
+    parser.add_argument("--tokens", type=int, default=0, help="held-out tokens a memory (0: 16,384, for Gemma 3,072)")
     parser.add_argument("--page", type=Path, default=Path("docs/quantization.md"))
     given = parser.parse_args()
     memories = json.loads((given.work / "memories.json").read_text())

@@ -38,13 +38,13 @@ def inspect(
 
 def quality_words(quality: dict[str, Any]) -> str:
     """The gate's report in a few lines."""
-    change, kept, kl = quality["change"], quality["gain_kept"], quality["kl"]
+    change, kl = quality["change"], quality["kl"]
     loss = quality["loss"]
     low, high = change["ci95"]
     lines = [
         f"quality, {quality['tokens']:,} tokens of {quality['documents']} documents, against the float model:",
         f"  loss {loss['quantized']:.5f} nats, {change['nll']:+.6f} (95 % {low:+.6f} to {high:+.6f})",
-        f"  gain kept {_share(kept['share'])} (95 % {_share(kept['ci95'][0])} to {_share(kept['ci95'][1])})",
+        f"  gain kept {_kept(quality['gain_kept'])}",
         f"  KL mean {kl['mean']:.3g}, 99th percentile {kl['p99']:.3g} nats; likeliest token the same: "
         f"{_share(quality['top1'])}",
         f"  controls: backbone alone {loss['backbone']:.4f}, zero table {loss['zero_table']:.4f}, shuffled rows "
@@ -69,5 +69,11 @@ def quality_words(quality: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f} %"
+def _kept(kept: dict[str, Any]) -> str:
+    if kept["share"] is None:
+        return "-: on this text the float memory itself gains nothing that is sure"
+    return f"{_share(kept['share'])} (95 % {_share(kept['ci95'][0])} to {_share(kept['ci95'][1])})"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.2f} %"

@@ -22,6 +22,7 @@ from engram.builders.corpus import CorpusConfig
 from engram.builders.layout import Layout
 from engram.builders.token_cache import TokenCache
 from engram.runtime.engine import Model
+from engram.runtime.intervals import over_documents
 from engram.runtime.readout import Readout, nats
 
 Ints = NDArray[np.int64]
@@ -217,17 +218,6 @@ def summary(scored: list[Scores], config: EvalConfig) -> dict[str, Any]:
         result[name] = {"nll": mean, "ppl": math.exp(min(mean, 700.0)), "bpb": bits}
     for name, key in (("memory", "gain"), ("zero_table", "gain_zero_table"), ("shuffled_rows", "gain_shuffled_rows")):
         gained_N = lost["backbone"] - lost[name]
-        low, high = interval(gained_N, tokens_N, config.bootstrap, config.seed)
+        low, high = over_documents(lambda s: s[0] / s[1], (gained_N, tokens_N), config.seed, config.bootstrap)
         result[key] = {"nll": float(gained_N.sum() / tokens_N.sum()), "ci95": [low, high]}
     return result
-
-
-def interval(gained_N: NDArray[Any], tokens_N: NDArray[Any], samples: int, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of sum(gained) / sum(tokens) when documents are drawn with replacement."""
-    generator = np.random.default_rng(seed)
-    means_R = np.empty(samples)
-    for sample in range(samples):
-        drawn_N = generator.integers(0, len(gained_N), size=len(gained_N))
-        means_R[sample] = gained_N[drawn_N].sum() / tokens_N[drawn_N].sum()
-    low, high = np.percentile(means_R, [2.5, 97.5])
-    return float(low), float(high)

@@ -21,13 +21,12 @@ from engram import Progress
 from engram.builders.layout import Layout
 from engram.builders.model import EngramModel
 from engram.runtime.evaluate import shuffled
+from engram.runtime.intervals import over_documents
 from engram.runtime.readout import Readout, nats, slices
 
 Ints = NDArray[np.int64]
 Singles = NDArray[np.float32]
 Rows = Callable[[int, Ints], Singles]  # (layer, rows [B, T, C]) → memory [B, T, E]
-
-_SAMPLES = 2000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -158,45 +157,41 @@ class Judge:
         """Nats a token."""
         return float(measured.nats_N.mean())
 
-    def change(self, measured: Measured, seed: int, reference: Measured | None = None) -> dict[str, Any]:
-        """Change of the loss against the float model (or another reference), with its 95 % interval over documents."""
-        before = self.float if reference is None else reference
-        sums = self.by_document(measured.nats_N - before.nats_N), self.by_document(np.ones_like(self.document_N))
+    def change(self, measured: Measured, seed: int) -> dict[str, Any]:
+        """Change of the loss against the float model, with its 95 % interval over documents."""
+        sums = self.by_document(measured.nats_N - self.float.nats_N), self.by_document(np.ones_like(self.document_N))
         mean = float(sums[0].sum() / sums[1].sum())
-        low, high = bootstrap(lambda s: s[0] / s[1], sums, seed)
-        return {"nll": mean, "ci95": [low, high], "relative": mean / self.loss(before)}
+        low, high = over_documents(_ratio, sums, seed)
+        return {"nll": mean, "ci95": [low, high], "relative": mean / self.loss(self.float)}
+
+    def gain(self, seed: int) -> dict[str, Any]:
+        """What the float memory gains over the backbone alone, nats a token, with its 95 % interval."""
+        sums = self.by_document(self.base.nats_N - self.float.nats_N), self.by_document(np.ones_like(self.document_N))
+        low, high = over_documents(_ratio, sums, seed)
+        return {"nll": float(sums[0].sum() / sums[1].sum()), "ci95": [low, high]}
 
     def gain_kept(self, measured: Measured, seed: int) -> dict[str, Any]:
-        """Share of the memory's gain over the backbone alone that is left."""
+        """Share of the memory's gain over the backbone alone that is left.
+
+        None where the interval of that gain reaches down to zero: a share of what may be nothing says nothing.
+        """
+        if not self.gain(seed)["ci95"][0] > 0:
+            return {"share": None, "ci95": None}
         gains = self.base.nats_N - measured.nats_N, self.base.nats_N - self.float.nats_N
         sums = self.by_document(gains[0]), self.by_document(gains[1])
-        low, high = bootstrap(lambda s: s[0] / s[1], sums, seed)
-        whole = float(sums[1].sum())
-        return {"share": float(sums[0].sum()) / whole if whole else None, "ci95": [low, high]}
+        low, high = over_documents(_ratio, sums, seed)
+        return {"share": float(sums[0].sum() / sums[1].sum()), "ci95": [low, high]}
 
     def divergence(self, measured: Measured, seed: int) -> dict[str, Any]:
         """KL divergence from the float model's next-token distribution, and how often the likeliest token agrees."""
         assert measured.kl_N is not None and measured.same_N is not None
         sums = self.by_document(measured.kl_N), self.by_document(np.ones_like(self.document_N))
-        low, high = bootstrap(lambda s: s[0] / s[1], sums, seed)
+        low, high = over_documents(_ratio, sums, seed)
         return {
             "kl": {"mean": float(measured.kl_N.mean()), "ci95": [low, high],
                    "p99": float(np.quantile(measured.kl_N, 0.99)), "max": float(measured.kl_N.max())},
             "top1": float(measured.same_N.mean()),
         }  # fmt: skip
-
-
-def bootstrap(
-    figure: Callable[[tuple[Any, ...]], Any], sums: Sequence[NDArray[np.float64]], seed: int
-) -> tuple[float, float]:
-    """95 % percentile interval of a figure of sums over documents, when documents are drawn with replacement."""
-    generator = np.random.default_rng(seed)
-    count = len(sums[0])
-    drawn_RN = generator.multinomial(count, np.full(count, 1 / count), size=_SAMPLES)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values_R = figure(tuple(drawn_RN @ values for values in sums))
-    low, high = np.nanpercentile(values_R, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def zero_rows(rows: Rows) -> Rows:
@@ -237,6 +232,10 @@ def _opening(model: EngramModel, layer: int, hidden: Tensor, memory_BTE: Tensor)
     stream = (hidden.unsqueeze(-2) if hidden.dim() == 3 else hidden).to(gate.value_proj.weight.dtype)
     opened: NDArray[np.float64] = gate.open(stream, memory_BTE)[0].double().square().mean(-1).numpy()
     return opened
+
+
+def _ratio(sums: tuple[Any, ...]) -> Any:
+    return sums[0] / sums[1]
 
 
 def _joined(parts: Sequence[Tensor]) -> NDArray[np.float64]:

@@ -46,9 +46,9 @@ def _head(found: Mapping[str, Any], memories: Mapping[str, Any], image: str) -> 
 Made by `python benchmarks/memories.py WORK && python benchmarks/quantization_study.py WORK`. Real backbones, memories
 made by this tool (`engram fill`, then `engram train`), text that neither tables nor training nor calibration have
 seen. Everything is computed in float32 with the rows that an artifact would hold, bit for bit; intervals are 95 %,
-from documents drawn with replacement. *Gain kept* is the share of the memory's gain over the backbone alone that is left;
-KL is the divergence of the next-token distribution from that of the float model, in nats. Figures of real but small
-models: they show the shape; for yours, run `engram quantize --gate`.
+from documents drawn with replacement. *Gain kept* is the share of the memory's gain over the backbone alone that is
+left; KL is the divergence of the next-token distribution from that of the float model, in nats. Figures of real but
+small models: they show the shape; for yours, run `engram quantize --gate`.
 
 | memory | tables | compared tokens | backbone alone | float memory | gain, nats | the same, more text | shuffled rows |
 |---|---|---|---|---|---|---|---|

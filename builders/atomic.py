@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from engram import EngramError
 
+MARK = "unfinished.json"  # in every folder that is being written: what has none is not ours to remove
 MANIFESTS = ("engram.json", "layout.json")  # one of them makes a folder an artifact of ours
 
 
@@ -37,52 +41,70 @@ def check_replaceable(out: Path, *, force: bool, error: type[EngramError]) -> No
         raise error(f"{out} is not an engram folder, --force does not replace it", hint="remove it yourself")
 
 
+@dataclass
+class Unfinished:
+    """A folder that is being written: what becomes of it when the block ends.
+
+    `out` is where it goes. `keep`: it stays, to go on from, also when an EngramError ends the work.
+    """
+
+    folder: Path
+    out: Path
+    keep: bool = False
+
+
 @contextmanager
 def atomic_folder(out: Path, *, force: bool = False, error: type[EngramError] = EngramError) -> Iterator[Path]:
     """A folder to write into that becomes `out` when the block ends, or is removed when the block fails.
 
     Files are flushed to the disk before the rename; with `force` an existing `out` is replaced in the last step.
     """
-    check_replaceable(out, force=force, error=error)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    sync_tree(partial)
-    put_in_place(partial, out)
+    with resumable_folder(out, force=force, error=error) as work:
+        clear(work.folder)
+        try:
+            yield work.folder
+        except BaseException:
+            shutil.rmtree(work.folder, ignore_errors=True)
+            raise
 
 
 @contextmanager
-def resumable_folder(out: Path, *, force: bool = False, error: type[EngramError] = EngramError) -> Iterator[Path]:
+def resumable_folder(out: Path, *, force: bool = False, error: type[EngramError] = EngramError) -> Iterator[Unfinished]:
     """As `atomic_folder`, for long work: what an interrupted run left is still in the folder.
 
     The caller goes on with it or calls `clear`. When the block fails, the folder is removed for an EngramError (to run
-    again would fail again) and stays for anything else: Ctrl-C, a full disk, a kill. One process at a time: while
-    another one writes there, `error` is raised.
+    again would fail again) unless `keep` is set, and stays for anything else: Ctrl-C, a full disk, a kill. One process
+    at a time: while another one writes there, `error` is raised; and for a folder of that name that is not ours.
     """
     check_replaceable(out, force=force, error=error)
-    partial = out.with_name(out.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = _locked(partial, error)
+    work = Unfinished(out.with_name(out.name + ".partial"), out)
+    lock = _locked(work.folder, error)
     try:
+        _mark(work.folder, error)
         try:
-            yield partial
+            yield work
         except EngramError:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not work.keep:
+                shutil.rmtree(work.folder, ignore_errors=True)
             raise
-        sync_tree(partial)
-        put_in_place(partial, out)
+        sync_tree(work.folder)
+        put_in_place(work.folder, work.out)
+        (work.out / MARK).unlink(missing_ok=True)  # last: a kill before that leaves a folder that is known as ours
     finally:
         os.close(lock)
 
 
 def _locked(folder: Path, error: type[EngramError]) -> int:
-    """An open handle of the folder that no other process can lock; the lock ends with the process at the latest."""
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    """An open handle of the folder, made if need be, that no other process can lock; it ends with the process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except (FileExistsError, NotADirectoryError):
+        raise error(f"{folder} is no folder", hint="remove it, or choose another --out") from None
+    except OSError as wrong:
+        if wrong.errno != errno.ELOOP:
+            raise
+        raise error(f"{folder} is a link", hint="remove it, or choose another --out") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         same = os.path.samestat(os.fstat(handle), folder.stat())  # the other one may just have put it in place
@@ -96,21 +118,38 @@ def _locked(folder: Path, error: type[EngramError]) -> int:
     return handle
 
 
+def _mark(folder: Path, error: type[EngramError]) -> None:
+    """Make an empty folder known as ours; refuse one that holds something else."""
+    if (folder / MARK).is_file():
+        return
+    if any(folder.iterdir()):
+        raise error(f"{folder} holds files, but not of an unfinished run", hint="move it away, or choose another --out")
+    write_whole(folder / MARK, b"{}\n")
+
+
 def clear(folder: Path) -> None:
-    """Remove everything in a folder."""
+    """Remove everything in an unfinished folder but its mark."""
     for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if path.name != MARK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def put_in_place(finished: Path, out: Path) -> None:
     """Rename a folder that is on the disk to `out`; an older `out` goes only when the new one stands."""
-    old = out.with_name(out.name + ".old")
+    old = None
     if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        names = (out.with_name(out.name + ".old" + (f"-{n}" if n else "")) for n in itertools.count())
+        old = next(name for name in names if not os.path.lexists(name))  # what is there already is not ours to remove
         out.rename(old)
-    finished.rename(out)
+    try:
+        finished.rename(out)
+    except OSError:
+        if old is not None:
+            old.rename(out)
+        raise
     sync_path(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_tree(folder: Path) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram import EngramError
-from engram.builders.atomic import atomic_folder
+from engram.builders.atomic import MARK, atomic_folder
 from engram.builders.backbone import BackboneRef
 from engram.builders.layout import Layout
 
@@ -103,7 +103,7 @@ def save_checkpoint(
         for name, content in (state or {}).items():
             (folder / "state").mkdir(exist_ok=True)
             (folder / "state" / name).write_bytes(content)
-        small = sorted(p.name for p in folder.iterdir() if p.is_file())
+        small = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != MARK)
         manifest = {
             "format": FORMAT, "version": VERSION, "layout": layout.to_json(),
             "gate": {str(layer): dict(config) for layer, config in gates.items()},

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from engram import EngramError
 from engram.builders.backbone import BackboneRef
+from engram.builders.fetch import hash_file
 
 FOLDER = "backbone"
 
@@ -38,3 +41,10 @@ class BackboneConfig:
     importance: Path | None = None
     requantize: bool = False
     threads: int = 0
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all that the result depends on; equal for a file that only moved."""
+        said = {name: value for name, value in asdict(self).items() if name not in ("beside", "out", "threads")}
+        said["source"] = self.source.sha256 or self.source.path
+        said["importance"] = None if self.importance is None else hash_file(self.importance)
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

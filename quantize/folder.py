@@ -19,6 +19,11 @@ def check_target(source: Path, out: Path, *, force: bool, error: type[EngramErro
     check_replaceable(out, force=force, error=error)
 
 
+def rejected_name(out: Path) -> Path:
+    """Where an artifact is kept that its quality gate refused."""
+    return out.with_name(out.name + ".rejected")
+
+
 def copy_hashed(source: Path, target: Path, progress: Progress | None = None) -> str:
     """Copy a file's content and return the SHA-256 of what was written."""
     digest = hashlib.sha256()

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engram.builders.atomic import clear, sync_path, write_whole
+from engram.builders.atomic import MARK, clear, sync_path, write_whole
 
-NAME = "unfinished.json"
 VERSION = 1
 EVERY_S = 3.0  # seconds between two syncs: what a kill costs at the most
 
@@ -27,8 +26,8 @@ class Journal:
         self.notes: dict[str, Any] = {}
         self.said = ""
         self._last = time.monotonic()
-        there = any(folder.iterdir())
-        found = _read(folder / NAME)
+        there = any(path.name != MARK for path in folder.iterdir())
+        found = _read(folder / MARK)
         if found is not None and found["job"] == json.loads(json.dumps(self.job)):
             self.notes = dict(found["notes"])
             return
@@ -37,9 +36,15 @@ class Journal:
             why = f"other {' and '.join(changed)}" if changed else "it holds nothing to go on from"
             self.said = f"{folder} is from another run ({why}): starting over"
         clear(folder)
+        self._write()
 
     def _differs(self, name: str, found: Mapping[str, Any]) -> bool:
         return bool(json.loads(json.dumps(self.job.get(name))) != found["job"].get(name))
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run of the same job could go on."""
+        return bool(self.notes)
 
     @property
     def due(self) -> bool:
@@ -49,21 +54,15 @@ class Journal:
     def note(self, name: str, value: Any) -> None:
         """Record a JSON value durably; what it speaks of must be on the disk already."""
         self.notes[name] = value
+        self._write()
+
+    def _write(self) -> None:
         write_whole(
-            self.folder / NAME,
+            self.folder / MARK,
             (json.dumps({"version": VERSION, "job": self.job, "notes": self.notes}, indent=1) + "\n").encode(),
         )
         sync_path(self.folder)
         self._last = time.monotonic()
-
-    def end(self) -> None:
-        """The work is done: nothing to go on from."""
-        (self.folder / NAME).unlink(missing_ok=True)
-
-
-def has_journal(folder: Path) -> bool:
-    """Whether a run could go on in this folder."""
-    return _read(folder / NAME) is not None
 
 
 def _read(path: Path) -> dict[str, Any] | None:

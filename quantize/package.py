@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from engram import EngramError, Progress, __version__
 from engram.builders import checkpoint as checkpoints
-from engram.builders.atomic import atomic_folder
+from engram.builders.atomic import MARK, atomic_folder
 from engram.builders.backbone import BackboneRef
 from engram.builders.checkpoint import DENSE, MANIFEST, TOKENIZER_FILES, table_file
 from engram.builders.fetch import hash_file
@@ -136,7 +136,8 @@ def export_package(config: ExportConfig, progress: Progress | None = None) -> di
             reference = BackboneRef.from_json(manifest["backbone"])
             place = _embed if config.embed_backbone else _refer
             backbone = place(reference, config.source, folder, progress)
-            sizes = {str(path.relative_to(folder).as_posix()): path.stat().st_size for path in _files(folder)}
+            files = [path for path in _files(folder) if path != folder / MARK]
+            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
             origin = manifest.get("origin", {}) | {k: v for k, v in manifest.items() if k not in _FIELDS}
             content = {
                 "format": FORMAT, "version": VERSION, "manifest_seal": _UNSEALED.decode(),

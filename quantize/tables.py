@@ -9,23 +9,25 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engram import EngramError, Progress, Task, __version__
-from engram.builders.atomic import resumable_folder, sync_tree
+from engram.builders.atomic import MARK, Unfinished, check_replaceable, resumable_folder, sync_tree, write_whole
+from engram.builders.backbone import BackboneError, BackboneRef
 from engram.builders.checkpoint import MANIFEST, Checkpoint, open_checkpoint, table_file
 from engram.kernels.codecs import Floats, find_codec
-from engram.quantize.backbone import BackboneConfig, quantize_backbone
+from engram.quantize.backbone import quantize_backbone
+from engram.quantize.backbone_config import FOLDER, BackboneConfig
 from engram.quantize.class_map import ClassMap
 from engram.quantize.entries import entry_bytes, written_files
-from engram.quantize.folder import check_target
-from engram.quantize.journal import Journal, has_journal
+from engram.quantize.folder import check_target, rejected_name
+from engram.quantize.journal import Journal
 from engram.quantize.mixed_writer import MixedWriter
 from engram.quantize.plan import TablePlan
 from engram.quantize.row_store import Geometry, RowWriter
@@ -33,7 +35,7 @@ from engram.quantize.stream import FloatRows, RowErrors, block_rows, stream_tabl
 
 FORMAT = "engram-quantized"
 VERSION = 1
-_LEFT_BEHIND = ("tables", "state", MANIFEST)  # state resumes the training of float tables
+_LEFT_BEHIND = ("tables", "state", MANIFEST, MARK)  # state resumes the training of float tables
 
 
 class QuantizeError(EngramError):
@@ -50,20 +52,30 @@ class QuantizeConfig:
     plans: Mapping[int, TablePlan] | None = None  # by layer; all rows in `tables` where there is none
     backbone: BackboneConfig | None = None  # None: copied or referred to as it is; its `out` is not looked at
     force: bool = False
+    record: Mapping[str, Any] = field(default_factory=dict)  # what else the manifest tells
 
 
-def quantize(config: QuantizeConfig, progress: Progress | None = None) -> dict[str, Any]:
+def quantize(
+    config: QuantizeConfig, progress: Progress | None = None, judge: Callable[[Path], Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """Write a quantized checkpoint: tables through the codec, everything else unchanged but for `state/`.
 
     Returns the fields of `engram quantize --json`. Memory does not grow with the tables. A run that was killed or
-    stopped goes on where it came to, if it is started again for the same checkpoint, codec and release. Raises
-    CheckpointError for a source that is no sound float checkpoint, CodecError for an unknown codec, an unfit width or a
-    value that is not finite, QuantizeError where `out` may not be written.
+    stopped goes on where it came to, if it is started again for the same checkpoint, codecs, backbone and release.
+
+    `judge` is asked about the written folder before it appears under its name. Its report goes into the manifest as
+    "quality"; if it says {"passed": False}, the folder becomes OUT.rejected instead.
+
+    Raises CheckpointError for a source that is no sound float checkpoint, CodecError for an unknown codec, an unfit
+    width or a value that is not finite, QuantizeError where `out` may not be written, and what `judge` raises: then
+    what is written stays, to go on from.
     """
     begin = time.monotonic()
     progress = progress or Progress()
     every = None if config.plans else find_codec(config.tables).name
     check_target(config.checkpoint, config.out, force=config.force, error=QuantizeError)
+    if judge is not None:
+        check_replaceable(rejected_name(config.out), force=config.force, error=QuantizeError)
     checkpoint = open_checkpoint(config.checkpoint)
     layout = checkpoint.layout
     plans = dict(config.plans or {n: TablePlan.uniform(str(every), layout) for n in layout.layers})
@@ -71,57 +83,83 @@ def quantize(config: QuantizeConfig, progress: Progress | None = None) -> dict[s
         for codec in plan.stored():
             Geometry(codec, layout.table_rows[layer], layout.head_dim, layer)  # refuse before any work
     with (
-        resumable_folder(config.out, force=config.force, error=QuantizeError) as folder,
-        _says_what_stays(folder, progress),
+        resumable_folder(config.out, force=config.force, error=QuantizeError) as work,
+        _says_what_stays(work, progress),
     ):
-        journal = Journal(folder, _job(checkpoint, plans))
+        folder, journal = work.folder, Journal(work.folder, _job(checkpoint, plans, config.backbone))
         if journal.said:
             progress.say(journal.said)
         (folder / "tables").mkdir(exist_ok=True)
         _copy_others(checkpoint, folder, but=("backbone",) if config.backbone else ())
+        manifest = checkpoint.manifest | {"format": FORMAT, "version": VERSION, **config.record}
         backbone: Any = "unchanged"
-        reference = checkpoint.manifest["backbone"]
         if config.backbone is not None:  # before the tables: it is smaller, and what it cannot do is found soon
-            shutil.rmtree(folder / "backbone", ignore_errors=True)
-            backbone, made = quantize_backbone(replace(config.backbone, out=folder), progress)
-            reference = made.to_json()
+            backbone, reference = _backbone(config.backbone, folder, journal, progress)
+            manifest |= {"backbone": reference, "backbone_quantized": backbone}
         tables = {str(n): _table(checkpoint, n, plans[n], folder, journal, progress) for n in layout.layers}
-        written = {n: table["written"] for n, table in tables.items()}
-        manifest = checkpoint.manifest | {
-            "format": FORMAT, "version": VERSION, "tables": written, "backbone": reference,
-        }  # fmt: skip
-        if config.backbone is not None:
-            manifest["backbone_quantized"] = backbone
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        sync_tree(folder)
-        journal.end()
-    report = {n: table["report"] for n, table in tables.items()}
-    return {"out": str(config.out), "tables": report, "backbone": backbone, "seconds": time.monotonic() - begin}
+        manifest["tables"] = {n: table["written"] for n, table in tables.items()}
+        _write_manifest(folder, manifest)
+        report: dict[str, Any] = {}
+        if judge is not None:
+            work.keep = True
+            report["quality"] = dict(judge(folder))
+            report["passed"] = report["quality"].get("passed", True)
+            _write_manifest(folder, manifest | {"quality": report["quality"]})
+            work.out = config.out if report["passed"] else rejected_name(config.out)
+    errors = {n: table["report"] for n, table in tables.items()}
+    return {
+        "out": str(work.out), "tables": errors, "backbone": backbone, **report, "seconds": time.monotonic() - begin,
+    }  # fmt: skip
 
 
 @contextmanager
-def _says_what_stays(folder: Path, progress: Progress) -> Iterator[None]:
+def _says_what_stays(work: Unfinished, progress: Progress) -> Iterator[None]:
     try:
         yield
-    except EngramError:
-        raise
-    except BaseException:
-        if has_journal(folder):
-            progress.say(f"{folder} keeps what is done: the same command goes on from there")
+    except BaseException as failure:
+        if work.keep or not isinstance(failure, EngramError):
+            progress.say(f"{work.folder} keeps what is done: the same command goes on from there")
         raise
 
 
-def _job(checkpoint: Checkpoint, plans: Mapping[int, TablePlan]) -> dict[str, Any]:
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _job(
+    checkpoint: Checkpoint, plans: Mapping[int, TablePlan], backbone: BackboneConfig | None
+) -> dict[str, Any]:
     """What an unfinished folder must have been made from for this run to go on with it."""
     found = {n: (checkpoint.folder / table_file(n)).stat() for n in checkpoint.layout.layers}
     return {
         "release": __version__,
         "codecs": {str(n): plan.fingerprint() for n, plan in plans.items()},
+        "backbone": None if backbone is None else backbone.fingerprint(),
         "source": {
             "manifest": hashlib.sha256((checkpoint.folder / MANIFEST).read_bytes()).hexdigest(),
             "tables": {str(n): [stat.st_size, stat.st_mtime_ns] for n, stat in found.items()},
         },
     }
+
+
+def _backbone(
+    config: BackboneConfig, folder: Path, journal: Journal, progress: Progress
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What became of the backbone, and the reference to it. What an earlier run finished stays."""
+    noted = journal.notes.get("backbone")
+    if noted is not None:
+        try:
+            BackboneRef.from_json(noted["reference"]).verify(folder)
+        except BackboneError as wrong:
+            progress.say(f"backbone: what an earlier run wrote is damaged, starting over ({wrong})")
+        else:
+            progress.say("backbone: written by an earlier run")
+            return noted["report"], noted["reference"]
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    report, reference = quantize_backbone(replace(config, out=folder), progress)
+    sync_tree(folder / FOLDER)
+    journal.note("backbone", {"report": report, "reference": reference.to_json()})
+    return report, reference.to_json()
 
 
 def _copy_others(checkpoint: Checkpoint, folder: Path, but: Sequence[str]) -> None:

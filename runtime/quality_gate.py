@@ -1,24 +1,22 @@
 """The gate: a quantized checkpoint is run against its float one, and the verdict is written into its manifest.
 
-What passes appears under its name; what does not is kept aside as NAME.rejected, marked: `engram export` refuses it.
+What passes appears under its name; what does not is kept aside as NAME.rejected, marked: `engram export` refuses it
+(quantize/tables.py puts it there).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engram import Progress
-from engram.builders.atomic import put_in_place, sync_path, write_whole
 from engram.builders.backbone import BackboneRef, load_backbone
-from engram.builders.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from engram.builders.checkpoint import Checkpoint, open_checkpoint
 from engram.builders.corpus import CorpusConfig
 from engram.builders.engram import GateConfig
 from engram.builders.model import EngramModel, load_gate_weights
@@ -26,6 +24,7 @@ from engram.builders.token_cache import TokenCache
 from engram.builders.tokenizer import special_tokens
 from engram.quantize.package import open_source
 from engram.runtime.evaluate import Sample, choose
+from engram.runtime.intervals import LEAST_DOCUMENTS
 from engram.runtime.quality import (
     Judge,
     Measured,
@@ -59,17 +58,22 @@ class QualityConfig:
 
 
 def float_model(checkpoint: Checkpoint, backbone: BackboneRef | None = None, beside: Path | None = None) -> EngramModel:
-    """The checkpoint's gates on its own backbone or another, in float32; tables stay where they are."""
+    """The checkpoint's gates on its own backbone or another, in float32; tables stay where they are.
+
+    Raises BackboneError for a backbone of which a file is missing or altered.
+    """
     gates = {n: GateConfig.from_json(config) for n, config in checkpoint.gates().items()}
-    loaded = load_backbone(backbone or checkpoint.backbone, beside or checkpoint.folder, DTYPE)
+    reference, beside = backbone or checkpoint.backbone, beside or checkpoint.folder
+    reference.verify(beside)
+    loaded = load_backbone(reference, beside, DTYPE)
     model = EngramModel(loaded, checkpoint.layout, gates).eval()
     load_gate_weights(model, checkpoint.dense())
     model.requires_grad_(False)
     return model
 
 
-def windows_of(folder: Path, cache: TokenCache, sample: Sample, context: int) -> tuple[list[Window], str]:
-    """The windows that an evaluation of this text would read, and the SHA-256 over their documents' hashes."""
+def windows_of(folder: Path, cache: TokenCache, sample: Sample, context: int) -> tuple[list[Window], NDArray[Any]]:
+    """The windows that an evaluation of this text would read, and their documents' hashes, sorted."""
     special = special_tokens(folder)
     bos = np.array([special["bos_id"]] if special.get("add_bos") else [], dtype=np.int64)
     chosen = choose(cache, sample)
@@ -79,8 +83,7 @@ def windows_of(folder: Path, cache: TokenCache, sample: Sample, context: int) ->
         ids = cache.document(document)[:tokens].astype(np.int64)
         pieces = [np.concatenate([bos, ids[begin : begin + length]]) for begin in range(0, tokens, length)]
         found += [Window(document, piece) for piece in pieces if len(piece) >= 2]
-    digest = hashlib.sha256(np.sort(cache.hashes()[[i for i, _ in chosen]]).tobytes()).hexdigest()
-    return found, digest
+    return found, np.sort(cache.hashes()[[i for i, _ in chosen]])
 
 
 def context_of(model: EngramModel) -> int:
@@ -90,8 +93,8 @@ def context_of(model: EngramModel) -> int:
 
 def read_windows(
     checkpoint: Checkpoint, config: QualityConfig, context: int, progress: Progress
-) -> tuple[list[Window], str]:
-    """The gate's windows."""
+) -> tuple[list[Window], NDArray[Any]]:
+    """The windows of a text, and their documents' hashes, sorted."""
     cache = TokenCache.build(config.data, checkpoint.folder / "tokenizer.json", progress)
     try:
         sample = Sample(config.max_tokens, config.document_tokens, config.sequence)
@@ -100,37 +103,54 @@ def read_windows(
         cache.discard()
 
 
-def judge_quantized(
-    checkpoint_folder: Path, quantized: Path, config: QualityConfig, progress: Progress
-) -> dict[str, Any]:
-    """Compare a quantized checkpoint (or a package) with the float checkpoint that it was made of.
+class Gate:
+    """The float model and the text that a quantized one is judged by, opened before anything is written.
 
-    Returns what the manifest records: losses with their controls, changes with 95 % intervals over documents, KL
-    divergence, agreement, the share of the gain that is kept, gate-weighted row errors, the verdict.
+    Raises QualityError for a text of too few documents for a verdict, and what checkpoint, backbone and corpus raise.
     """
-    checkpoint = open_checkpoint(checkpoint_folder)
-    rows = FloatTables(checkpoint)
-    with progress.task("open the float model"):
-        model = float_model(checkpoint)
-    windows, digest = read_windows(checkpoint, config, context_of(model), progress)
-    judge = Judge(model, rows, windows, progress)
-    prompts = [w for w in windows if len(w.ids_T) >= config.prompt_tokens][:: max(1, len(windows) // config.prompts)]
-    prompts = [Window(w.document, w.ids_T[: config.prompt_tokens]) for w in prompts[: config.prompts]]
-    written = None
-    if prompts and config.written_tokens:
-        texts = continuations(model, rows, prompts, config.written_tokens, progress)
-        written = Judge(model, rows, texts, progress)
-    with open_source(quantized) as (manifest, layout, tables):
-        if layout.to_json() != checkpoint.layout.to_json():
-            raise QualityError(f"{quantized} has another layout than {checkpoint_folder}: it was made of another one")
-        stored: Rows = rows if tables is None else StoredRows(tables)
-        reference = BackboneRef.from_json(manifest["backbone"])
-        other = None
-        if reference != checkpoint.backbone and reference.sha256 != checkpoint.backbone.sha256:
-            with progress.task("open the quantized backbone"):
-                other = Readout(float_model(checkpoint, reference, quantized))
-        report = _figures(judge, written, stored, other, config)
-    return report | {"documents_sha256": digest}
+
+    def __init__(self, checkpoint_folder: Path, config: QualityConfig, progress: Progress) -> None:
+        self.checkpoint, self.config, self.progress = open_checkpoint(checkpoint_folder), config, progress
+        with progress.task("open the float model"):
+            self.model = float_model(self.checkpoint)
+        self.windows, self.hashes = read_windows(self.checkpoint, config, context_of(self.model), progress)
+        count = len({window.document for window in self.windows})
+        if config.max_loss is not None and count < LEAST_DOCUMENTS:
+            raise QualityError(
+                f"--gate {' '.join(config.data.sources)} has {count} documents of at least 2 tokens, a verdict by "
+                f"--max-loss needs {LEAST_DOCUMENTS}: the interval of fewer is too narrow",
+                hint="a document is a file, or a line of .jsonl: give more, or leave --max-loss out",
+            )
+
+    def __call__(self, quantized: Path) -> dict[str, Any]:
+        """Compare a quantized checkpoint (or a package) with the float checkpoint that it was made of.
+
+        Returns what the manifest records: losses with their controls, changes with 95 % intervals over documents, KL
+        divergence, agreement, the share of the gain that is kept, gate-weighted row errors, the verdict.
+        """
+        model, config, progress, rows = self.model, self.config, self.progress, FloatTables(self.checkpoint)
+        judge = Judge(model, rows, self.windows, progress)
+        prompts = [window for window in self.windows if len(window.ids_T) >= config.prompt_tokens]
+        prompts = prompts[:: max(1, len(self.windows) // config.prompts)][: config.prompts]
+        prompts = [Window(window.document, window.ids_T[: config.prompt_tokens]) for window in prompts]
+        written = None
+        if prompts and config.written_tokens:
+            texts = continuations(model, rows, prompts, config.written_tokens, progress)
+            written = Judge(model, rows, texts, progress)
+        own = self.checkpoint.backbone
+        with open_source(quantized) as (manifest, layout, tables):
+            if layout.to_json() != self.checkpoint.layout.to_json():
+                raise QualityError(
+                    f"{quantized} has another layout than {self.checkpoint.folder}: it was made of another one"
+                )
+            stored: Rows = rows if tables is None else StoredRows(tables)
+            reference = BackboneRef.from_json(manifest["backbone"])
+            other = None
+            if reference != own and reference.sha256 != own.sha256:
+                with progress.task("open the quantized backbone"):
+                    other = Readout(float_model(self.checkpoint, reference, quantized))
+            report = _figures(judge, written, stored, other, config)
+        return report | {"documents_sha256": hashlib.sha256(self.hashes.tobytes()).hexdigest()}
 
 
 def _figures(
@@ -150,6 +170,7 @@ def _figures(
             "backbone": judge.loss(judge.base), "float": judge.loss(judge.float), "quantized": judge.loss(both),
             **{name: judge.loss(measured) for name, measured in controls.items()},
         },
+        "gain": judge.gain(seed),
         "change": judge.change(both, seed),
         "gain_kept": judge.gain_kept(both, seed),
         **judge.divergence(both, seed),
@@ -176,18 +197,3 @@ def _figures(
         report["max_loss"] = {"asked": str(config.max_loss), "nats": bound}
         report["passed"] = report["change"]["ci95"][1] <= bound
     return report
-
-
-def settle(candidate: Path, out: Path, report: Mapping[str, Any]) -> Path:
-    """Record the report in the candidate's manifest and put it under its name, or aside where it did not pass."""
-    manifest = json.loads((candidate / MANIFEST).read_bytes())
-    write_whole(candidate / MANIFEST, (json.dumps(manifest | {"quality": report}, indent=1) + "\n").encode())
-    sync_path(candidate)
-    place = out if report.get("passed", True) else out.with_name(out.name + ".rejected")
-    put_in_place(candidate, place)
-    return place
-
-
-def remove_candidate(candidate: Path) -> None:
-    """What a run that failed in its gate leaves behind."""
-    shutil.rmtree(candidate, ignore_errors=True)

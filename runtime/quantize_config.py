@@ -106,7 +106,7 @@ class QuantizeRun:
             (self.tables == AUTO and self.budget is None and self.max_loss is None, "--tables auto needs a bound",
              "give --budget 2GB or --max-loss 0.5%"),
             (self.tables != AUTO and self.budget is not None, "--budget is for --tables auto", ""),
-            (self.tables != AUTO and self.max_loss is not None and self.gate is None,
+            (self.max_loss is not None and self.gate is None and (self.tables != AUTO or self.budget is not None),
              "--max-loss needs a text to measure the loss on", "give --gate TEXT"),
         ]  # fmt: skip
         for broken, message, hint in rules:

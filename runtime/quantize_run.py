@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engram import EngramError, Progress
+from engram import Progress
 from engram.builders.backbone import BackboneRef
 from engram.builders.checkpoint import open_checkpoint
+from engram.builders.corpus import CorpusConfig, files
 from engram.quantize.backbone import BackboneConfig
-from engram.quantize.folder import check_target
+from engram.quantize.folder import check_target, rejected_name
 from engram.quantize.tables import QuantizeConfig, QuantizeError, quantize
 from engram.runtime.quantize_config import AUTO, BackboneWish, QuantizeRun
 
@@ -19,11 +20,24 @@ from engram.runtime.quantize_config import AUTO, BackboneWish, QuantizeRun
 def quantize_run(config: QuantizeRun, progress: Progress | None = None) -> dict[str, Any]:
     """Returns the fields of `engram quantize --json`; `passed` is False where the gate refused and kept aside.
 
-    Raises what the parts raise; then nothing appears under `out`.
+    What can be checked without long work is checked first, the float model and the gate's text too. Raises what the
+    parts raise; then nothing appears under `out`, and what is written stays if a run could go on with it.
     """
     begin = time.monotonic()
     seen = progress or Progress()
     check_target(config.checkpoint, config.out, force=config.force, error=QuantizeError)
+    wish = config.backbone
+    for text in (config.calibrate, config.gate, wish and wish.importance):
+        if isinstance(text, CorpusConfig):
+            files(text)  # a source that names nothing is found before the long work
+    gate = None
+    if config.gate is not None:
+        from engram.runtime.quality_gate import Gate, QualityConfig
+
+        check_target(config.checkpoint, rejected_name(config.out), force=config.force, error=QuantizeError)
+        gate = Gate(
+            config.checkpoint, QualityConfig(config.gate, config.max_loss, config.gate_tokens, seed=config.seed), seen
+        )
     traded: dict[str, Any] = {}
     plans = None
     if config.calibrate is not None:
@@ -31,23 +45,10 @@ def quantize_run(config: QuantizeRun, progress: Progress | None = None) -> dict[
 
         plans, traded = choose_plans(config, seen)
     codec = "mixed" if config.tables == AUTO else config.tables
-    backbone = None if config.backbone is None else _backbone(config, config.backbone, seen)
-    work = QuantizeConfig(config.checkpoint, config.out, codec, plans, backbone, config.force)
-    if config.gate is None:
-        result = quantize(work, seen)
-    else:
-        from engram.runtime.quality_gate import QualityConfig, judge_quantized, remove_candidate, settle
-
-        candidate = config.out.with_name(config.out.name + ".candidate")
-        try:
-            result = quantize(replace(work, out=candidate, force=True), seen)
-            quality = QualityConfig(config.gate, config.max_loss, config.gate_tokens, seed=config.seed)
-            report = judge_quantized(config.checkpoint, candidate, quality, seen)
-            place = settle(candidate, config.out, report)
-        except EngramError:
-            remove_candidate(candidate)
-            raise
-        result |= {"out": str(place), "quality": report, "passed": report.get("passed", True)}
+    backbone = None if wish is None else _backbone(config, wish, seen)
+    record = {"plans": traded} if traded else {}
+    work = QuantizeConfig(config.checkpoint, config.out, codec, plans, backbone, config.force, record)
+    result = quantize(work, seen, gate)
     return result | traded | {"seconds": time.monotonic() - begin}
 
 

@@ -15,7 +15,6 @@ from engram.quantize.inspect import inspect
 from engram.quantize.package import ExportConfig, PackageError, export_package
 from engram.quantize.row_report import RowReportError, row_report
 from engram.quantize.tables import QuantizeConfig, quantize
-from engram.runtime.quality_gate import settle
 
 REPORT = {"passed": True, "change": {"nll": 0.1}}
 
@@ -27,8 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_kind_is_described_by_its_headers(made: Path, tmp_path: Path) -> None:
     layout = open_checkpoint(made).layout
-    quantize(QuantizeConfig(made, tmp_path / "q", tables="nf4"))
-    settle(tmp_path / "q", tmp_path / "judged", REPORT)
+    quantize(QuantizeConfig(made, tmp_path / "judged", tables="nf4"), judge=lambda folder: REPORT)
     export_package(ExportConfig(tmp_path / "judged", tmp_path / "package"))
     for folder, kind, codec, row_bytes in (
         (made, "float checkpoint", "f32", 32), (tmp_path / "judged", "quantized checkpoint", "nf4", 6),
@@ -45,8 +43,8 @@ def test_every_kind_is_described_by_its_headers(made: Path, tmp_path: Path) -> N
 
 
 def test_what_its_gate_refused_is_not_exported(made: Path, tmp_path: Path) -> None:
-    quantize(QuantizeConfig(made, tmp_path / "q"))
-    place = settle(tmp_path / "q", tmp_path / "out", REPORT | {"passed": False})
+    told = quantize(QuantizeConfig(made, tmp_path / "out"), judge=lambda folder: REPORT | {"passed": False})
+    place = Path(told["out"])
     with pytest.raises(PackageError, match=r"out\.rejected did not pass its quality gate"):
         export_package(ExportConfig(place, tmp_path / "package"))
     assert inspect(place)["quality"]["passed"] is False and not (tmp_path / "package").exists()

@@ -4,73 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from mixed_tables import PLAN
+from float_tables import WIDTH, Recorder, checkpoint, run_child
 from widths import fitting
 
-from engram import Progress, Task
 from engram.builders.backbone import BackboneRef
 from engram.builders.checkpoint import CheckpointError, save_checkpoint
 from engram.builders.layout import Layout
-from engram.kernels.codecs import CODECS, CodecError, Floats
-from engram.quantize import journal
+from engram.kernels.codecs import CODECS, CodecError
 from engram.quantize.mapped import MappedTable
 from engram.quantize.stream import FloatRows, RowErrors, StreamError
 from engram.quantize.tables import QuantizeConfig, QuantizeError, quantize
-
-WIDTH = 8
-MANY = 2000  # rows of a head, for tables of some 8000 rows
-
-
-def checkpoint(
-    out: Path, *, tables: dict[int, Floats] | None = None, width: int = WIDTH, rows_per_head: int = 200
-) -> dict[int, Floats]:
-    """A float checkpoint folder of two layers; its tables."""
-    layout = Layout.build(
-        dialect="demo", orders=(2, 3), heads=2, head_dim=width, layers=(1, 5), rows_per_head=rows_per_head, pad_id=2,
-        vocab_size=40, token_map=np.arange(40),
-    )  # fmt: skip
-    generator = np.random.default_rng(0)
-    rows = {n: generator.normal(size=(layout.table_rows[n], width)).astype(np.float32) for n in layout.layers}
-    rows |= tables or {}
-    tokenizer = out.parent / "tokenizer"
-    tokenizer.mkdir(exist_ok=True)
-    (tokenizer / "tokenizer.json").write_text('{"made": "up"}')
-    (tokenizer / "tokenizer_info.json").write_text("{}")
-    save_checkpoint(
-        out, layout=layout, gates={n: {"hidden": 3} for n in layout.layers},
-        dense={n: {"value_proj.weight": np.full((3, 16), n, np.float32)} for n in layout.layers}, tables=rows,
-        backbone=BackboneRef("hf", "some/model"), tokenizer_folder=tokenizer, extra={"trained": {"steps": 3}},
-        state={"optimizer.json": b"{}"},
-    )  # fmt: skip
-    return rows
-
-
-class Recorder(Progress):
-    """Counts what a worker says that it did."""
-
-    def __init__(self) -> None:
-        self.done: dict[str, float] = {}
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    def task(self, label: str, total: float | None = None, unit: str = "") -> Task:
-        done = self.done
-
-        class Counting(Task):
-            def advance(self, amount: float = 1) -> None:
-                done[label] = done.get(label, 0) + amount
-
-        return Counting()
 
 
 @pytest.mark.parametrize("codec", sorted(CODECS))
@@ -193,195 +140,6 @@ def test_force_replaces_an_earlier_result(tmp_path: Path) -> None:
     quantize(QuantizeConfig(tmp_path / "float", tmp_path / "out", tables="nf4", force=True))
     MappedTable.open(tmp_path / "out" / "tables" / "layer-01.safetensors", codec="nf4").close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "out", "tokenizer"]
-
-
-def run_child(code: str, *arguments: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE)
-
-
-BLOCKWISE = """
-import os, signal, sys
-from pathlib import Path
-from engram import Progress, Task
-from engram.quantize import journal, stream, tables
-sys.path.insert(0, sys.argv.pop())
-from mixed_tables import PLAN
-journal.EVERY_S = 0
-stream._BLOCK_BYTES = 64 * 4 * 8
-class Stop(Progress):
-    def say(self, text):
-        print(text, flush=True)
-    def __init__(self, layer, rows, how):
-        self.layer, self.rows, self.how = layer, rows, how
-    def task(self, label, total=None, unit=""):
-        outer = self
-        class Counting(Task):
-            done = 0
-            def advance(self, amount=1):
-                self.done += amount
-                if label.startswith("layer " + outer.layer) and self.done > outer.rows:
-                    if outer.how == "disk full":
-                        raise OSError(28, "No space left on device")
-                    os.kill(os.getpid(), getattr(signal, outer.how))
-        return Counting()
-source, out, codec, layer, rows, how = sys.argv[1:]
-plans = {n: PLAN for n in (1, 5)} if codec == "mixed" else None
-tables.quantize(tables.QuantizeConfig(Path(source), Path(out), codec, plans), Stop(layer, int(rows), how))
-"""
-
-
-def interrupted(folder: Path, layer: int, rows: int, how: str = "SIGKILL", codec: str = "int8") -> str:
-    """Quantize in a child that ends when it has done more than so many rows of a layer; what it said."""
-    here = Path(__file__).parent
-    with run_child(BLOCKWISE, folder / "float", folder / "out", codec, layer, rows, how, here) as child:
-        said = child.communicate()[0].decode()
-    assert child.returncode
-    assert not (folder / "out").exists()
-    return said
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def noted_rows(folder: Path, layer: int) -> int:
-    notes = json.loads((folder / "out.partial" / journal.NAME).read_bytes())["notes"]
-    return int(notes[str(layer)]["rows"])
-
-
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT", "disk full"])
-@pytest.mark.parametrize(("layer", "rows"), [(1, 0), (1, 3000), (5, 0), (5, 5000)])
-def test_an_interrupted_run_goes_on(tmp_path: Path, how: str, layer: int, rows: int) -> None:
-    """At a row of the layer that it was at, with the same files and the same errors as a run without a break."""
-    tables = checkpoint(tmp_path / "float", rows_per_head=MANY)
-    whole = quantize(QuantizeConfig(tmp_path / "float", tmp_path / "whole"))
-    said = interrupted(tmp_path, layer, rows, how)
-    assert ("the same command goes on from there" in said) == (how != "SIGKILL" and (layer, rows) != (1, 0))
-    recorder = Recorder()
-    again = quantize(QuantizeConfig(tmp_path / "float", tmp_path / "out"), recorder)
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-    assert not list(tmp_path.glob("*.partial"))
-    for number, table in again["tables"].items():
-        expected = whole["tables"][number]
-        assert table["rel_error"] == pytest.approx(expected["rel_error"], rel=1e-12)
-        assert {k: v for k, v in table.items() if k != "rel_error"} == {
-            k: v for k, v in expected.items() if k != "rel_error"
-        }
-    if rows:
-        assert any(f"layer {layer}: going on at row " in line for line in recorder.said)
-    assert ("layer 1: written by an earlier run" in recorder.said) == (layer == 5)
-    assert recorder.done[f"layer {layer} to int8"] == len(tables[layer])
-
-
-def test_an_interruption_while_going_on(tmp_path: Path) -> None:
-    """Killed again and again, always further on."""
-    checkpoint(tmp_path / "float", rows_per_head=MANY)
-    quantize(QuantizeConfig(tmp_path / "float", tmp_path / "whole", tables="nf4"))
-    noted = []
-    for rows in (2000, 4000, 6000):
-        interrupted(tmp_path, 1, rows, codec="nf4")
-        noted.append(noted_rows(tmp_path, 1))
-    assert noted == sorted(set(noted)) and noted[0] > 0
-    quantize(QuantizeConfig(tmp_path / "float", tmp_path / "out", tables="nf4"))
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-
-
-@pytest.mark.parametrize(("layer", "rows"), [(1, 3000), (5, 100), (5, 5000)])
-@pytest.mark.parametrize("damaged", [False, True])
-def test_an_interrupted_mixed_table_goes_on(tmp_path: Path, layer: int, rows: int, damaged: bool) -> None:
-    """All classes from the row that all of them hold; from the start where one of them is damaged."""
-    tables = checkpoint(tmp_path / "float", rows_per_head=MANY)
-    plans = {n: PLAN for n in tables}
-    whole = quantize(QuantizeConfig(tmp_path / "float", tmp_path / "whole", plans=plans))
-    interrupted(tmp_path, layer, rows, codec="mixed")
-    begun = noted_rows(tmp_path, layer)
-    if damaged:
-        damage_page(tmp_path)
-    recorder = Recorder()
-    again = quantize(QuantizeConfig(tmp_path / "float", tmp_path / "out", plans=plans), recorder)
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole") and begun % 64 == 0
-    for number, table in again["tables"].items():
-        assert table["rel_error"] == pytest.approx(whole["tables"][number]["rel_error"], rel=1e-12)
-    words = "what an earlier run wrote is damaged: starting over, not at" if damaged else "going on at"
-    assert f"layer {layer}: {words} row {begun:,} of {len(tables[layer]):,}" in recorder.said
-
-
-def damage_page(folder: Path) -> None:
-    path = next((folder / "out.partial" / "tables").glob("*.partial"))
-    data = bytearray(path.read_bytes())
-    data[4096 + 5] ^= 1
-    path.write_bytes(data)
-
-
-def cut_off(folder: Path) -> None:
-    path = next((folder / "out.partial" / "tables").glob("*.partial"))
-    os.truncate(path, 4096)
-
-
-def touch(folder: Path) -> None:
-    os.utime(folder / "float" / "tables" / "layer-05.safetensors", (1, 1))
-
-
-CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "another codec": (lambda folder: None, "(other codecs)"),
-    "a newer table": (touch, "(other source)"),
-    "no journal": (lambda f: (f / "out.partial" / journal.NAME).unlink(), "(it holds nothing to go on from)"),
-    "half a journal": (
-        lambda f: os.truncate(f / "out.partial" / journal.NAME, 60), "(it holds nothing to go on from)"
-    ),
-    "a flipped bit": (damage_page, "layer 1: what an earlier run wrote is damaged: starting over"),
-    "a file cut off": (cut_off, "layer 1: what an earlier run wrote is damaged: starting over"),
-    "no file": (
-        lambda f: next((f / "out.partial" / "tables").glob("*.partial")).unlink(),
-        "layer 1: what an earlier run wrote is damaged: starting over",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CHANGES)
-def test_what_does_not_match_starts_over(tmp_path: Path, case: str) -> None:
-    change, words = CHANGES[case]
-    checkpoint(tmp_path / "float", rows_per_head=MANY)
-    codec = "int8-row" if case == "another codec" else "int8"
-    quantize(QuantizeConfig(tmp_path / "float", tmp_path / "whole", tables=codec))
-    interrupted(tmp_path, 1, 3000)
-    assert noted_rows(tmp_path, 1) > 0
-    (tmp_path / "out.partial" / "stray").write_text("of another time")
-    change(tmp_path)
-    recorder = Recorder()
-    quantize(QuantizeConfig(tmp_path / "float", tmp_path / "out", tables=codec), recorder)
-    assert any(words in line for line in recorder.said), recorder.said
-    (tmp_path / "out" / "stray").unlink(missing_ok=True)
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-
-
-def test_a_bad_value_behind_an_interruption_leaves_nothing(tmp_path: Path) -> None:
-    tables = checkpoint(tmp_path / "good", rows_per_head=MANY)
-    tables[5][6321, 4] = np.nan
-    checkpoint(tmp_path / "float", tables=tables, rows_per_head=MANY)
-    interrupted(tmp_path, 5, 3000)
-    with pytest.raises(CodecError, match="layer 5: row 6321, column 4 is nan"):
-        quantize(QuantizeConfig(tmp_path / "float", tmp_path / "out"))
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
-    checkpoint(tmp_path / "float")
-    code = """
-import sys, time
-from pathlib import Path
-from engram.builders.atomic import resumable_folder
-with resumable_folder(Path(sys.argv[1])):
-    print("here", flush=True)
-    time.sleep(60)
-"""
-    with run_child(code, tmp_path / "out") as child:
-        assert child.stdout is not None and child.stdout.readline() == b"here\n"
-        with pytest.raises(QuantizeError, match=r"out.partial is being written by another process"):
-            quantize(QuantizeConfig(tmp_path / "float", tmp_path / "out"))
-        assert (tmp_path / "out.partial").is_dir()
-        child.kill()
-    quantize(QuantizeConfig(tmp_path / "float", tmp_path / "out"))
 
 
 def test_a_table_that_shrinks_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,19 @@ import gguf
 import numpy as np
 import pytest
 import tiny
+from float_tables import Recorder
 from gguf_llama import write_gguf
 
 from engram import EngramError
+from engram.builders.backbone import BackboneError
 from engram.builders.checkpoint import open_checkpoint
-from engram.builders.corpus import CorpusConfig
+from engram.builders.corpus import CorpusConfig, CorpusError
 from engram.cli.main import main
 from engram.quantize.inspect import inspect
 from engram.quantize.package import ExportConfig, export_package, open_source
 from engram.quantize.tables import QuantizeError
-from engram.runtime.quantize_config import BackboneWish, Bound, QuantizeRun
+from engram.runtime.quality_gate import Gate
+from engram.runtime.quantize_config import BackboneWish, Bound, QualityError, QuantizeRun
 from engram.runtime.quantize_run import quantize_run
 from engram.runtime.row_sources import StoredRows
 
@@ -87,6 +91,67 @@ def test_a_refused_result_leaves_an_earlier_one_alone(made: Path, tmp_path: Path
     assert (out / "engram.json").read_bytes() == before and not list(tmp_path.glob("*.candidate*"))
 
 
+def test_too_few_documents_for_a_verdict_are_found_before_anything_is_written(
+    made: Path, tmp_path: Path, texts: Texts
+) -> None:
+    lines = (tmp_path / "gate.jsonl").read_text().splitlines()
+    (tmp_path / "few.jsonl").write_text("\n".join(lines[:7]))
+    few = CorpusConfig((str(tmp_path / "few.jsonl"),))
+    config = QuantizeRun(made, tmp_path / "out", "nf4", gate=few, gate_tokens=400, max_loss=Bound(9.0))
+    with pytest.raises(QualityError, match="has 7 documents of at least 2 tokens, a verdict by --max-loss needs 8"):
+        quantize_run(config)
+    assert not list(tmp_path.glob("out*"))
+    told = quantize_run(replace(config, max_loss=None))
+    assert told["quality"]["documents"] == 7 and told["passed"], "without a verdict fewer do"
+
+
+def test_what_a_judge_was_interrupted_over_is_not_written_again(
+    made: Path, tmp_path: Path, texts: Texts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchao", reason="the extra `torchao` is not installed")
+    config = QuantizeRun(
+        made, tmp_path / "out", "nf4", gate=texts["gate"], gate_tokens=300, backbone=BackboneWish("int8")
+    )
+
+    def stopped(self: Gate, folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Gate, "__call__", stopped)
+        quantize_run(config)
+    recorder = Recorder()
+    told = quantize_run(config, recorder)
+    again = [f"{part}: written by an earlier run" for part in ("backbone", "layer 1", "layer 3")]
+    assert set(again) <= set(recorder.said) and told["quality"]["parts"]["backbone"]["kl"]["mean"] > 0
+    assert not list(tmp_path.glob("*.partial"))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Gate, "__call__", stopped)
+        quantize_run(replace(config, force=True))
+    recorder = Recorder()
+    told = quantize_run(replace(config, backbone=None, force=True), recorder)
+    assert any("from another run (other backbone): starting over" in line for line in recorder.said)
+    assert "parts" not in told["quality"] and inspect(tmp_path / "out")["backbone"]["kind"] != "embedded"
+
+
+def test_a_float_backbone_that_was_altered_is_no_reference(tmp_path: Path, texts: Texts) -> None:
+    made = tiny.write_checkpoint(tmp_path / "model", layers=(1,))
+    weights = Path(open_checkpoint(made).backbone.path) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(BackboneError, match="model.safetensors has SHA-256"):
+        quantize_run(QuantizeRun(made, tmp_path / "out", "nf4", gate=texts["gate"], gate_tokens=300))
+
+
+@pytest.mark.parametrize("part", ["gate", "calibrate"])
+def test_a_text_that_is_not_there_is_found_before_any_work(made: Path, tmp_path: Path, texts: Texts, part: str) -> None:
+    none = {part: CorpusConfig((str(tmp_path / "none.jsonl"),))}
+    options: dict[str, Any] = {"gate": texts["gate"], "calibrate": texts["calibrate"], "unseen": "h2"} | none
+    with pytest.raises(CorpusError, match=r"none\.jsonl' names no readable file"):
+        quantize_run(QuantizeRun(made / "nowhere", tmp_path / "out", "nf4", **options))
+
+
 def test_rows_are_stored_by_how_a_text_reads_them(made: Path, tmp_path: Path, texts: Texts) -> None:
     checkpoint = open_checkpoint(made)
     config = QuantizeRun(
@@ -149,6 +214,7 @@ def test_auto_finds_less_for_a_larger_loss(made: Path, tmp_path: Path, texts: Te
         ({"tables": "auto", "calibrate": True}, "needs a bound"),
         ({"tables": "nf4", "budget": 1}, "--budget is for --tables auto"),
         ({"tables": "nf4", "max_loss": Bound(0.1)}, "needs a text to measure"),
+        ({"tables": "auto", "calibrate": True, "budget": 9, "max_loss": Bound(0.1)}, "needs a text to measure"),
         ({"tables": "nf5"}, "'nf5' is not known"),
         ({"tables": "nf4", "calibrate": True, "unseen": "nf5"}, "'nf5' is not known"),
     ],

@@ -12,6 +12,7 @@ from engram.cli import options, progress, ui
 from engram.cli.inspect import quality_words
 from engram.cli.sizes import parse_count, parse_size, show_bytes
 
+MOST_SAMPLED = 10_000_000
 CODECS = "int8 int8-row nf4 q4_0 h4 h3 h2 h1 q8_0 iq4_nl fp8-e8m0 fp8-row bf16 f32".split()
 
 
@@ -44,7 +45,9 @@ def quantize(
         Optional[str],
         typer.Option(metavar="X", help="How much the loss may grow: 0.5% or 0.002 (nats). Beyond: exit 1, kept aside."),
     ] = None,
-    gate_tokens: Annotated[str, typer.Option(metavar="N", help="Tokens that the gate reads.")] = "16k",
+    gate_tokens: Annotated[
+        Optional[str], typer.Option(metavar="N", help="Tokens that the gate reads: 16k unless told.")
+    ] = None,
     calibrate: Annotated[
         list[str],
         typer.Option(metavar="TEXT", help="Text that shows which rows are read, and how far gates open; repeatable."),
@@ -100,7 +103,17 @@ def quantize(
 ) -> None:
     """Store tables in fewer bits, and measure what that costs."""
     if sample is not None:
+        others = {
+            "--out": out, "--gate": gate, "--max-loss": max_loss, "--gate-tokens": gate_tokens, "--force": force,
+            "--calibrate": calibrate, "--budget": budget, "--frequent": frequent, "--unseen": unseen,
+            "--drop-unseen": drop_unseen, "--backbone": backbone,
+        }  # fmt: skip
+        for name, value in others.items():
+            if value:
+                raise UsageError(f"--sample writes nothing and does not use {name}", hint="leave one of them out")
         return _sampled(checkpoint, tables, parse_count(sample), seed, json)
+    if gate_tokens is not None and not gate:
+        raise UsageError("--gate-tokens is given, but there is no gate", hint="give --gate TEXT")
     if out is None:
         raise UsageError("--out is missing", hint="say where to write, or give --sample N to only look")
     from engram.builders.corpus import CorpusConfig
@@ -121,7 +134,7 @@ def quantize(
     config = QuantizeRun(
         checkpoint, out, tables, text(calibrate), None if frequent is None else parse_share(frequent), unseen,
         drop_unseen, None if budget is None else parse_size(budget),
-        None if max_loss is None else Bound.parse(max_loss), text(gate), parse_count(gate_tokens), seed=seed,
+        None if max_loss is None else Bound.parse(max_loss), text(gate), parse_count(gate_tokens or "16k"), seed=seed,
         backbone=wish, force=force,
     )  # fmt: skip
     result = quantize_run(config, progress.on_screen())
@@ -130,10 +143,13 @@ def quantize(
         ui.emit(result)
     else:
         _table(result["tables"])
+        if "plans" in result:
+            _traded(result)
         if result["backbone"] != "unchanged":
             part = result["backbone"]
+            before = f"{show_bytes(part['bytes_before'])} to " if part["bytes_before"] else ""
             print(
-                f"backbone as {part['type']}: {show_bytes(part['bytes_before'])} to {show_bytes(part['bytes'])}, "
+                f"backbone as {part['type']}: {before}{show_bytes(part['bytes'])}, "
                 f"{len(part['modules'])} matrices; {len(part['left'])} left as they are"
             )
         if "quality" in result:
@@ -142,7 +158,8 @@ def quantize(
     if not passed:
         ui.error(UsageError(
             f"the loss grows by more than --max-loss {max_loss} allows: {result['out']} is marked as rejected",
-            hint="use a finer codec, or --tables auto, which finds the cheapest that passes",
+            hint="raise --budget or --max-loss" if tables == "auto" else
+            "use a finer codec, or --tables auto, which finds the cheapest that passes",
         ))  # fmt: skip
         raise typer.Exit(1)
 
@@ -177,9 +194,34 @@ def _table(tables: dict[str, Any]) -> None:
     ui.table("", ["layer", "codec", "before", "after", "bits a value", "relative error"], rows)
 
 
+def _traded(result: dict[str, Any]) -> None:
+    """What a calibration text chose, and what it puts at risk."""
+    rows = [
+        [layer, part["codec"] or "dropped", f"{part['rows']:,}", show_bytes(part["bytes"]),
+         f"{part['look_up_share']:.2%}"]
+        for layer, plan in result["plans"].items() for part in plan["classes"]
+    ]  # fmt: skip
+    ui.table("", ["layer", "codec", "rows", "size", "of the text's look-ups"], rows)
+    for layer, plan in result["plans"].items():
+        print(
+            f"layer {layer}: the text read {plan['seen_rows']:,} rows ({plan['seen_share']:.1%}); of new text about "
+            f"{plan['first_time_share']:.1%} of the look-ups will find a row that it did not read"
+        )
+    if result.get("tried"):
+        print(f"{len(result['tried'])} plans were tried on calibration text that was not counted")
+    if (held := result["held_out"]) is not None:
+        low, high = held["ci95"]
+        print(
+            f"on {held['tokens']:,} such tokens the loss changes by {held['change']:+.6f} nats (95 % {low:+.6f} to "
+            f"{high:+.6f})"
+        )
+
+
 def _sampled(source: Path, tables: str, count: int, seed: int, json: bool) -> None:
     from engram.quantize.row_report import row_report
 
+    if count > MOST_SAMPLED:
+        raise UsageError(f"--sample {count:,} is more than {MOST_SAMPLED:,} rows", hint="1M rows are plenty")
     result = row_report(source, tables.split(","), count, seed=seed, progress=progress.on_screen())
     if json:
         return ui.emit(result)
@@ -189,4 +231,5 @@ def _sampled(source: Path, tables: str, count: int, seed: int, json: bool) -> No
         for layer, figures in result["layers"].items() for name, row in figures["codecs"].items()
     ]  # fmt: skip
     columns = ["layer", "codec", "bits a value", "relative error", "95 %", "99th percentile row", "worst row"]
-    ui.table(f"{count:,} rows of each layer, drawn at random", columns, rows)
+    stored = ", ".join(dict.fromkeys(figures["stored_as"] for figures in result["layers"].values()))
+    ui.table(f"{count:,} rows of each layer, drawn at random, against what is stored: {stored}", columns, rows)

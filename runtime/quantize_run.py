@@ -46,7 +46,10 @@ def quantize_run(config: QuantizeRun, progress: Progress | None = None) -> dict[
         plans, traded = choose_plans(config, seen)
     codec = "mixed" if config.tables == AUTO else config.tables
     backbone = None if wish is None else _backbone(config, wish, seen)
-    record = {"plans": traded} if traded else {}
+    record: dict[str, Any] = {}
+    if traded:
+        others = {name: value for name, value in traded.items() if name != "plans"}
+        record["plans"] = {"layers": traded["plans"], **others}
     work = QuantizeConfig(config.checkpoint, config.out, codec, plans, backbone, config.force, record)
     result = quantize(work, seen, gate)
     return result | traded | {"seconds": time.monotonic() - begin}

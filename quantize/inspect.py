@@ -216,8 +216,8 @@ class _Field:
             shape(self)
         else:
             for key in self.keys() if "*" in shape else shape:
-                if (part := self.maybe(key)) is not None:
-                    part.check(shape.get(key, shape.get("*")))
+                if (found := self.maybe(key)) is not None:
+                    found.check(shape.get(key, shape.get("*")))
 
     def row_bytes(self, width: int) -> int:
         """Bytes of a row as the entry's codec stores it."""

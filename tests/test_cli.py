@@ -14,7 +14,7 @@ import pytest
 
 from engram import EngramError, __version__
 from engram.cli import main as cli
-from engram.cli import progress, sizes, ui
+from engram.cli import progress, quantize, sizes, ui
 from engram.cli.help import command_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +83,24 @@ def test_error_is_said_in_words_with_a_hint(capsys: pytest.CaptureFixture[str]) 
     assert first == "error: `nothing-like-it` is not a shipped recipe"
     assert blank == ""
     assert hint.startswith("hint: choose one of: ")
+
+
+@pytest.mark.parametrize(
+    ("asked", "first"), [("int-8", "int8"), ("NF4", "nf4"), ("fp8", "fp8-row"), ("q4_k_m", "q4_0"), ("xx", "f32"),
+                         ("fp8-tensor", "fp8-row"), ("nvfp4", "nf4")],
+)  # fmt: skip
+def test_an_unknown_codec_is_answered_with_those_that_can_be_written(
+    capsys: pytest.CaptureFixture[str], asked: str, first: str
+) -> None:
+    code, _, err = in_process(capsys, "quantize", "x", "--out", "y", "--tables", asked)
+    offered = err.strip().rsplit("one of: ", 1)[1].split(", ")
+    assert (code, offered[0]) == (1, first)
+    assert sorted(offered) == sorted(quantize.CODECS), "the option's list and the codecs' own differ"
+
+
+def test_a_file_cannot_write_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    ui.error(EngramError("the file \x1b[2Jx\ud800 is é", hint="a\nb\x07"))
+    assert capsys.readouterr().err == "error: the file \\x1b[2Jx\\ud800 is é\n\nhint: a\nb\\x07\n"
 
 
 def test_error_without_hint_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

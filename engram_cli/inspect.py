@@ -27,53 +27,110 @@ def inspect(
         for layer in result["layers"]
     ]  # fmt: skip
     columns = ["layer", "orders", "heads", "rows", "width", "stored as", "bits a value", "size"]
-    ui.table(f"{result['kind']}, {result['family']}", columns, rows)
-    print(
-        f"a token reads {result['rows_per_token']} rows, {show_bytes(result['bytes_per_token'])}; "
-        f"backbone: {ui.show('', result['backbone'])}"
-    )
+    verdict = ": rejected by its quality gate" if result["rejected"] else ""
+    ui.table(f"{result['kind']}, {result['family']}{verdict}", columns, rows)
+    words = [
+        f"a token reads {result['rows_per_token']} rows, {show_bytes(result['bytes_per_token'])}",
+        backbone_words(result["backbone"]),
+    ]
+    if "plans" in result:
+        words += plan_words(result["plans"])
     if "quality" in result:
-        print(quality_words(result["quality"]))
+        words.append(quality_words(result["quality"]))
+    print(ui.printable("\n".join(words)))
+
+
+def backbone_words(backbone: dict[str, Any]) -> str:
+    """Type, size and place in a line."""
+    stored = backbone["type"] + ("" if backbone["type"] == backbone["dtype"] else f", computed in {backbone['dtype']}")
+    size = f", {show_bytes(backbone['bytes'])}" if "bytes" in backbone else ", its files are not here"
+    place = "in this folder" if backbone["kind"] == "embedded" else f"at {backbone['path']}"
+    return f"backbone: {stored}{size}, {place}"
+
+
+def plan_words(plans: dict[str, Any]) -> list[str]:
+    """What was traded: a line for each class of rows."""
+    lines = []
+    for layer, plan in (plans.get("layers") or {}).items():
+        classes = (plan or {}).get("classes") or []
+        rows, look_ups = (sum(part.get(name) or 0 for part in classes if part) for name in ("rows", "look_ups"))
+        for part in filter(None, classes):
+            words = []
+            if part.get("rows") is not None:
+                words.append(f"{part['rows']:,} rows" + (f" ({_share(part['rows'] / rows)})" if rows else ""))
+            if part.get("bytes") is not None:
+                words.append(show_bytes(part["bytes"]))
+            if part.get("look_ups") is not None and look_ups:
+                words.append(f"{_share(part['look_ups'] / look_ups)} of look-ups")
+            lines.append(f"  layer {layer}, {part.get('codec') or 'dropped'}: {', '.join(words) or '-'}")
+        if (plan or {}).get("first_time") is not None:
+            lines.append(f"  layer {layer}: {_share(plan['first_time'])} of look-ups read a row for the first time")
+    return ["rows by codec, as the calibration text reads them:", *lines] if lines else []
 
 
 def quality_words(quality: dict[str, Any]) -> str:
-    """The gate's report in a few lines."""
-    change, kl = quality["change"], quality["kl"]
-    loss = quality["loss"]
-    low, high = change["ci95"]
+    """The gate's report in a few lines; what it lacks is a dash, or left out."""
     lines = [
-        f"quality, {quality['tokens']:,} tokens of {quality['documents']} documents, against the float model:",
-        f"  loss {loss['quantized']:.5f} nats, {change['nll']:+.6f} (95 % {low:+.6f} to {high:+.6f})",
-        f"  gain kept {_kept(quality['gain_kept'])}",
-        f"  KL mean {kl['mean']:.3g}, 99th percentile {kl['p99']:.3g} nats; likeliest token the same: "
-        f"{_share(quality['top1'])}",
-        f"  controls: backbone alone {loss['backbone']:.4f}, zero table {loss['zero_table']:.4f}, shuffled rows "
-        f"{loss['shuffled_rows']:.4f}, float {loss['float']:.5f}",
-        "  gate-weighted row error: " + ", ".join(f"layer {n} {e:.3%}" for n, e in quality["row_error"].items()),
+        f"quality, {_show(quality, ',', 'tokens')} tokens of {_show(quality, ',', 'documents')} documents, against the "
+        "float model:",
+        f"  loss {_show(quality, '.5f', 'loss', 'quantized')} nats, {_change(quality)}",
+        f"  gain kept {_kept(quality)}",
+        f"  KL mean {_show(quality, '.3g', 'kl', 'mean')}, 99th percentile {_show(quality, '.3g', 'kl', 'p99')} nats; "
+        f"likeliest token the same: {_share(_at(quality, 'top1'))}",
+        f"  controls: backbone alone {_show(quality, '.4f', 'loss', 'backbone')}, zero table "
+        f"{_show(quality, '.4f', 'loss', 'zero_table')}, shuffled rows {_show(quality, '.4f', 'loss', 'shuffled_rows')}"
+        f", float {_show(quality, '.5f', 'loss', 'float')}",
     ]
-    if "continuations" in quality:
-        own = quality["continuations"]
+    if errors := _at(quality, "row_error"):
+        each = (f"layer {layer} {_show(errors, '.3%', layer)}" for layer in errors)
+        lines.append("  gate-weighted row error: " + ", ".join(each))
+    if own := _at(quality, "continuations"):
         lines.append(
-            f"  {own['texts']} fixed continuations: loss {own['change']['nll']:+.6f}, KL {own['kl']['mean']:.3g}, "
-            f"the same token {_share(own['top1'])}"
+            f"  {_show(own, ',', 'texts')} fixed continuations: loss {_show(own, '+.6f', 'change', 'nll')}, KL "
+            f"{_show(own, '.3g', 'kl', 'mean')}, the same token {_share(_at(own, 'top1'))}"
         )
-    for part, figures in quality.get("parts", {}).items():
-        lines.append(f"  of it {part}: loss {figures['change']['nll']:+.6f}, KL {figures['kl']['mean']:.3g}")
-    if "max_loss" in quality:
-        bound = quality["max_loss"]
-        verdict = "passed" if quality["passed"] else "NOT PASSED"
+    for part, figures in (_at(quality, "parts") or {}).items():
         lines.append(
-            f"  {verdict}: the loss grows by at most {high:.6f} nats (95 %), {bound['nats']:.6f} are allowed "
-            f"({bound['asked']})"
+            f"  of it {part}: loss {_show(figures, '+.6f', 'change', 'nll')}, KL {_show(figures, '.3g', 'kl', 'mean')}"
+        )
+    if (bound := _at(quality, "max_loss")) is not None:
+        verdict = "passed" if quality.get("passed") else "NOT PASSED"
+        lines.append(
+            f"  {verdict}: the loss grows by at most {_show(quality, '.6f', 'change', 'ci95', 1)} nats (95 %), "
+            f"{_show(bound, '.6f', 'nats')} are allowed ({_at(bound, 'asked') or '-'})"
         )
     return "\n".join(lines)
 
 
-def _kept(kept: dict[str, Any]) -> str:
-    if kept["share"] is None:
+def _at(value: Any, *names: str | int) -> Any:
+    """A field of a field; None where there is none."""
+    for name in names:
+        if isinstance(name, int):
+            value = None if value is None else value[name]
+        else:
+            value = (value or {}).get(name)
+    return value
+
+
+def _show(value: Any, form: str, *names: str | int) -> str:
+    """A number of a report; a dash where there is none."""
+    found = _at(value, *names)
+    return "-" if found is None else format(found, form)
+
+
+def _change(report: dict[str, Any]) -> str:
+    ends = [_show(report, "+.6f", "change", "ci95", end) for end in (0, 1)]
+    return f"{_show(report, '+.6f', 'change', 'nll')} (95 % {ends[0]} to {ends[1]})"
+
+
+def _kept(report: dict[str, Any]) -> str:
+    if "gain_kept" not in report:
+        return "-"
+    if (share := _at(report, "gain_kept", "share")) is None:
         return "-: on this text the float memory itself gains nothing that is sure"
-    return f"{_share(kept['share'])} (95 % {_share(kept['ci95'][0])} to {_share(kept['ci95'][1])})"
+    low, high = (_share(_at(report, "gain_kept", "ci95", end)) for end in (0, 1))
+    return f"{_share(share)} (95 % {low} to {high})"
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.2f} %"
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"

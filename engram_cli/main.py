@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import Annotated
 
-import typer
+try:
+    import atexit
+    import os
+    import shlex
+    import signal
+    from contextlib import suppress
+    from types import FrameType
+    from typing import Annotated
 
-from engram import EngramError, __version__
-from engram.cli import bench, build_vocab, demo, export, fill, inspect, quantize, recipe, run, train, ui, verify, warm
-from engram.cli import eval as evaluation
-from engram.cli import hash as hashing
+    import typer
+
+    from engram import EngramError, __version__
+    from engram.cli import (
+        bench,
+        build_vocab,
+        demo,
+        export,
+        fill,
+        inspect,
+        quantize,
+        recipe,
+        run,
+        train,
+        ui,
+        verify,
+        warm,
+    )
+    from engram.cli import eval as evaluation
+    from engram.cli import hash as hashing
+except KeyboardInterrupt:
+    print("\ninterrupted before anything was begun", file=sys.stderr)
+    raise SystemExit(130) from None
 
 app = typer.Typer(
     name="engram",
@@ -61,52 +80,112 @@ app.add_typer(recipe.app, name="recipe", help="List, show and copy the shipped r
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command and leave with its exit code: 0 done, 1 an error of the user's, 2 usage, 130 interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
+    words = sys.argv[1:] if argv is None else argv
+    interrupts = _Interrupts(f"\ninterrupted; nothing half-written was left. To go on: {resume_line(words)}")
     try:
-        with _interrupts_after_imports():
-            app(argv, prog_name="engram")
+        interrupts.listen()
+        code = _code_of(words)
+        if interrupts.over():
+            code = 130
+    except KeyboardInterrupt:
+        code = 130
+    finally:
+        if argv is not None:
+            interrupts.give_back()
+    if code == 130:
+        interrupts.say()
+    if argv is None and isinstance(code, int):  # the process ends with this command: Ctrl-C is ours to the last
+        interrupts.leave_last(code)
+    raise SystemExit(code)
+
+
+def _code_of(argv: list[str]) -> int | str | None:
+    try:
+        app(argv, prog_name="engram")
     except EngramError as failure:
         ui.error(failure)
-        raise SystemExit(1) from None
+        return 1
     except OSError as wrong:
         where = f"{wrong.filename}: " if wrong.filename else ""
         hint = "check the path, its permissions and the free space"
         ui.error(EngramError(f"{where}{wrong.strerror or wrong}", hint=hint))
-        raise SystemExit(1) from None
+        return 1
     except SystemExit as leaving:
-        if leaving.code == 130:
-            ui.say(f"\ninterrupted; nothing half-written was left. To go on: {resume_line(argv)}")
-        raise
+        return leaving.code
+    return 0
 
 
-@contextmanager
-def _interrupts_after_imports() -> Iterator[None]:
-    """Ctrl-C as ever, but while something is imported it waits for the import to end (a second one does not wait).
+class _Interrupts:
+    """Ctrl-C as ever, but while something is imported it waits for the import to end; a second one waits for nothing.
 
     Raised while torch or transformers is imported, a KeyboardInterrupt meets C++ that aborts the process, Python code
     that reports it as a module that is broken, or code run from C, after which the exit code is the signal's.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or not hasattr(signal, "setitimer"):
-        yield  # somebody else's business
-        return
-    waiting = False
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal waiting
-        if waiting and number == signal.SIGINT:
+    def __init__(self, words: str) -> None:
+        self._words = words
+        self._said = self._waiting = self._stopping = False
+        self._code: int | None = None
+        self._before = signal.getsignal(signal.SIGINT)
+        # not ours where it is somebody else's business, or without timers
+        self._ours = self._before is signal.default_int_handler and hasattr(signal, "setitimer")
+
+    def listen(self) -> None:
+        """Take the signals over."""
+        if self._ours:
+            atexit.register(self._leave)  # the first to be registered is the last to be called
+            self._alarm_before = signal.signal(signal.SIGALRM, self._heard)
+            signal.signal(signal.SIGINT, self._heard)
+
+    def over(self) -> bool:
+        """The command is done, a Ctrl-C from now on ends the process; whether one still waits for its import."""
+        self._stopping = True
+        if self._ours:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        return self._waiting
+
+    def give_back(self) -> None:
+        """The signals as they were."""
+        if self._ours:
+            atexit.unregister(self._leave)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGINT, self._before)
+            signal.signal(signal.SIGALRM, self._alarm_before)
+
+    def leave_last(self, code: int) -> None:
+        """Behind everything else that is to be done at exit, end the process with this code.
+
+        Python would give the signals back before it takes its modules apart, which with torch takes a while.
+        """
+        self._code = code
+
+    def _leave(self) -> None:
+        if self._code is not None:
+            with suppress(Exception):  # Python says it, and has a code for it
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(self._code)
+
+    def say(self) -> None:
+        """The usual words, once."""
+        if not self._said:
+            self._said = True
+            ui.say(self._words)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and (self._waiting or self._stopping):
+            with suppress(Exception):  # it may be the flush that was interrupted
+                sys.stdout.flush()
+            cursor = "\x1b[?25h" if os.isatty(2) else ""  # a bar hides it
+            os.write(2, (cursor if self._said else f"{cursor}{self._words}\n").encode())
             os._exit(130)
-        waiting = _importing(frame)
-        if not waiting:
+        if number != signal.SIGINT and not self._waiting:
+            return
+        self._waiting = _importing(frame)
+        if not self._waiting:
+            self._stopping = True
             raise KeyboardInterrupt
-        signal.signal(signal.SIGALRM, stop)
         signal.setitimer(signal.ITIMER_REAL, 0.02)
-
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _importing(frame: FrameType | None) -> bool:

@@ -20,18 +20,24 @@ def coloured(stream: Any) -> bool:
 def error(failure: EngramError) -> None:
     """Red `error: …`, a blank line, `hint: …`."""
     red, cyan, end = ("\x1b[31m", "\x1b[36m", "\x1b[0m") if coloured(sys.stderr) else ("", "", "")
-    print(f"{red}error:{end} {failure}", file=sys.stderr)
+    print(f"{red}error:{end} {printable(str(failure))}", file=sys.stderr)
     if failure.hint:
-        print(f"\n{cyan}hint:{end} {failure.hint}", file=sys.stderr)
+        print(f"\n{cyan}hint:{end} {printable(failure.hint)}", file=sys.stderr)
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def printable(text: str) -> str:
+    """Text of a file as a terminal may have it: no control characters, nothing that UTF-8 cannot say."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def emit(result: Mapping[str, Any]) -> None:
     """Print `result` as the one JSON object of `--json`; NaN and infinity become null, paths become text."""
-    print(json.dumps(plain(result), ensure_ascii=False, allow_nan=False))
+    text = json.dumps(plain(result), ensure_ascii=False, allow_nan=False)
+    print(text.encode("utf-8", "backslashreplace").decode())  # half a surrogate pair becomes \uXXXX, as JSON has it
 
 
 def report(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:

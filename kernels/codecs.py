@@ -10,6 +10,7 @@ Shape letters: N rows, D width (values a row), K bytes a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Protocol
 
 import numpy as np
@@ -32,7 +33,9 @@ from engram.kernels.gguf_codecs import Q4_0, Q8_0, Iq4Nl
 from engram.kernels.group_codecs import Int8, Nf4
 from engram.kernels.hadamard_codecs import H1, H2, H3, H4
 
-__all__ = ["CODECS", "Bytes", "Codec", "CodecError", "Decoded", "Floats", "find_codec", "with_factor"]
+__all__ = [
+    "CODECS", "Bytes", "Codec", "CodecError", "Decoded", "Floats", "find_codec", "with_factor", "written_codecs",
+]  # fmt: skip
 
 _SCALE_BYTES = 4
 
@@ -171,15 +174,29 @@ def find_codec(name: str, version: int | None = None) -> Codec:
     plain, colon, bits = name.partition(":")
     codec = CODECS.get(plain)
     if codec is None or colon and not isinstance(codec, (Fp8Tensor, Nvfp4)):
-        raise CodecError(f"row codec {name!r} is not known", hint="use one of: " + ", ".join(CODECS))
+        raise CodecError(f"row codec {name!r} is not known", hint="use one of: " + ", ".join(written_codecs(plain)))
     if isinstance(codec, (Fp8Tensor, Nvfp4)):
-        codec = with_bits(codec, bits)
+        try:
+            codec = with_bits(codec, bits)
+        except CodecError as wrong:
+            own = f"tables of your own are stored as one of: {', '.join(written_codecs(plain))}"
+            raise CodecError(str(wrong), hint=f"{wrong.hint}; {own}" if wrong.hint else own) from None
     if version is not None and version != codec.version:
         raise CodecError(
             f"row codec {name!r} has version {version}, this release knows version {codec.version}",
             hint="use the release of engram that wrote it, or quantize again from the float checkpoint",
         )
     return codec
+
+
+def written_codecs(like: str = "") -> list[str]:
+    """The names that a float table can be written in without looking at all of it first, the likest of `like` first.
+
+    A codec with a factor is only for tables that others wrote: its name has the factor of one table.
+    """
+    names = [name for name, codec in CODECS.items() if not isinstance(codec, (Fp8Tensor, Nvfp4))]
+    close = get_close_matches(like.lower(), names, n=len(names), cutoff=0.5)
+    return close + [name for name in names if name not in close]
 
 
 def with_factor(codec: Codec, largest: float) -> Codec:

@@ -14,7 +14,7 @@ import pytest
 
 from engram import EngramError, __version__
 from engram.cli import main as cli
-from engram.cli import progress, sizes, ui
+from engram.cli import progress, quantize, sizes, ui
 from engram.cli.help import command_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +85,24 @@ def test_error_is_said_in_words_with_a_hint(capsys: pytest.CaptureFixture[str]) 
     assert hint.startswith("hint: choose one of: ")
 
 
+@pytest.mark.parametrize(
+    ("asked", "first"), [("int-8", "int8"), ("NF4", "nf4"), ("fp8", "fp8-row"), ("q4_k_m", "q4_0"), ("xx", "f32"),
+                         ("fp8-tensor", "fp8-row"), ("nvfp4", "nf4")],
+)  # fmt: skip
+def test_an_unknown_codec_is_answered_with_those_that_can_be_written(
+    capsys: pytest.CaptureFixture[str], asked: str, first: str
+) -> None:
+    code, _, err = in_process(capsys, "quantize", "x", "--out", "y", "--tables", asked)
+    offered = err.strip().rsplit("one of: ", 1)[1].split(", ")
+    assert (code, offered[0]) == (1, first)
+    assert sorted(offered) == sorted(quantize.CODECS), "the option's list and the codecs' own differ"
+
+
+def test_a_file_cannot_write_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    ui.error(EngramError("the file \x1b[2Jx\ud800 is é", hint="a\nb\x07"))
+    assert capsys.readouterr().err == "error: the file \\x1b[2Jx\\ud800 is é\n\nhint: a\nb\\x07\n"
+
+
 def test_error_without_hint_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     ui.error(EngramError("the file `x` is empty"))
     assert capsys.readouterr().err == "error: the file `x` is empty\n"
@@ -151,6 +169,55 @@ def test_an_interrupt_waits_for_an_import_to_end(tmp_path: Path) -> None:
     assert child.returncode == 130, child.stderr
     assert "interrupted" in child.stderr and "broken" not in child.stderr
     assert time.monotonic() - begin < 9
+
+
+NEAR_THE_END = """
+import atexit, os, signal, sys, time
+from engram.cli import main, recipe
+def press():
+    os.kill(os.getpid(), signal.SIGINT)
+def work(name):
+    {moment}
+    return "done"
+recipe.text_of = work
+sys.argv = ["engram", "recipe", "show", "x"]
+main.main()
+"""
+MOMENTS = {
+    "in an import with which the command ends": "import presses",
+    "twice in an import": "import presses_twice",
+    "in the command": "press()",
+    "while the first one unwinds": "try: press()\n    finally: press()",
+    "at exit": "atexit.register(press)",
+    "at exit, the first one in an import": "atexit.register(time.sleep, 0.1); import presses",
+    "at exit, again": "atexit.register(press); press()",
+    "when all but the end of Python is done": "sys.stderr.flush = press",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGALRM")
+@pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
+def test_an_interrupt_leaves_with_130_and_its_words_once_at_any_moment(tmp_path: Path, moment: str) -> None:
+    pressing = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "presses.py").write_text(pressing)
+    (tmp_path / "presses_twice.py").write_text(pressing + "os.kill(os.getpid(), signal.SIGINT)\n")
+    child = subprocess.run(
+        [sys.executable, "-c", NEAR_THE_END.format(moment=moment)], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}, timeout=60,
+    )  # fmt: skip
+    words = "\ninterrupted; nothing half-written was left. To go on: engram recipe show x\n"
+    assert (child.returncode, child.stderr) == (130, words)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGALRM")
+def test_a_command_called_by_a_program_gives_the_signals_back() -> None:
+    code = (
+        "import signal\nfrom engram.cli import main\nbefore = signal.getsignal(signal.SIGALRM)\n"
+        "try: main.main(['recipe', 'ls'])\nexcept SystemExit: pass\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+        "assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_an_interrupted_train_resumes() -> None:

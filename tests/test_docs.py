@@ -9,6 +9,7 @@ import pytest
 
 from engram import __version__
 from engram.cli.help import command_names, help_of, page
+from engram.kernels.codecs import CODECS, CodecError, find_codec
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("quantize/*.md")]
@@ -43,6 +44,23 @@ def test_commands_in_documents_exist(path: Path) -> None:
 def test_links_between_documents_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text("utf-8")):
         assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_the_table_of_codecs_is_what_the_codecs_say() -> None:
+    text = (ROOT / "docs" / "codecs.md").read_text("utf-8")
+    lines = re.findall(r"^\| `([^`]+)` \| (\d+) \| (\d+) \| ([\d., ]+) \| ([^|]+) \|", text, re.MULTILINE)
+    assert sorted(name for name, *_ in lines) == sorted(CODECS)
+    for name, narrow, wide, bits, widths in lines:
+        codec = find_codec(name + ":3f800000" if name in ("fp8-tensor", "nvfp4") else name)
+        assert (codec.row_bytes(64), codec.row_bytes(256)) == (int(narrow), int(wide)), name
+        assert list(dict.fromkeys([codec.row_bytes(64) / 8, codec.row_bytes(256) / 32])) == [
+            float(part) for part in bits.split(",")
+        ], name
+        step = {"any": 1, "even": 2}.get(widths) or int(widths.removeprefix("multiples of "))
+        codec.row_bytes(3 * step)
+        if step > 1:
+            with pytest.raises(CodecError):
+                codec.row_bytes(3 * step + step // 2)
 
 
 def test_make_targets_in_documents_exist() -> None:

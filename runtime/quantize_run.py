@@ -10,7 +10,9 @@ from typing import Any
 from engram import EngramError, Progress
 from engram.builders.backbone import BackboneRef
 from engram.builders.checkpoint import open_checkpoint
-from engram.quantize.backbone import BackboneConfig
+from engram.builders.corpus import CorpusConfig
+from engram.quantize.backbone import BackboneConfig, check_backbone
+from engram.quantize.backbone_config import check_replacement
 from engram.quantize.folder import check_target
 from engram.quantize.tables import QuantizeConfig, QuantizeError, quantize
 from engram.runtime.quantize_config import AUTO, BackboneWish, QuantizeRun
@@ -52,27 +54,30 @@ def quantize_run(config: QuantizeRun, progress: Progress | None = None) -> dict[
 
 
 def _backbone(config: QuantizeRun, wish: BackboneWish, progress: Progress) -> BackboneConfig:
-    """The backbone's part; an importance matrix of text is made now and kept beside `out`."""
+    """The backbone's part, checked by metadata; an importance matrix of text is made now and kept beside `out`.
+
+    Raises QuantizeBackboneError for a `source` of another model and as check_backbone, ImportanceError where the matrix
+    exists without `force`.
+    """
     checkpoint = open_checkpoint(config.checkpoint)
     source = checkpoint.backbone
     if wish.source is not None:
+        check_replacement(source, config.checkpoint, wish.source)
         source = BackboneRef.find(str(wish.source), source.dtype)
     made = BackboneConfig(
         source, config.checkpoint, config.out, wish.kind, tensor_types=wish.tensor_types,
         embedding_type=wish.embedding_type, output_type=wish.output_type, requantize=wish.requantize,
     )  # fmt: skip
-    if wish.importance is None:
-        return made
     if isinstance(wish.importance, Path):
-        return replace(made, importance=wish.importance)
+        made = replace(made, importance=wish.importance)
+    check_backbone(made)
+    if not isinstance(wish.importance, CorpusConfig):
+        return made
     from engram.runtime.importance import collect_importance
 
-    target = config.out.with_name(config.out.name + ".imatrix.gguf")
-    ggufs = [path for path in source.files(config.checkpoint).values() if path.suffix == ".gguf"]
-    if not ggufs:
-        raise QuantizeError(
-            f"an importance matrix is for GGUF types; backbone {source.path} is no GGUF file",
-            hint="name the file with --backbone-from FILE.gguf",
-        )
-    collect_importance(config.checkpoint, ggufs[0], wish.importance, wish.importance_tokens, target, progress)
+    target, gguf = config.out.with_name(config.out.name + ".imatrix.gguf"), source.place(config.checkpoint)
+    assert gguf is not None, "check_backbone finds a file for GGUF types"
+    collect_importance(
+        config.checkpoint, gguf, wish.importance, wish.importance_tokens, target, progress, force=config.force
+    )
     return replace(made, importance=target)

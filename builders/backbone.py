@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 from engram import EngramError
 from engram.builders.atomic import sync_tree
 from engram.builders.fetch import hash_file
+from engram.builders.gguf_header import read_metadata, read_tensors
 
 _WEIGHTS = (".safetensors", ".json")
 
@@ -78,6 +80,14 @@ class BackboneRef:
         root = beside / self.path if self.kind == "embedded" else Path(self.path)
         return {name: root if self.kind == "gguf" else root / name for name in self.sha256}
 
+    def place(self, beside: Path) -> Path | None:
+        """The GGUF file or the folder; None for a hub name."""
+        root = beside / self.path if self.kind == "embedded" else Path(self.path)
+        gguf = next((name for name in self.sha256 if name.endswith(".gguf")), None)
+        if self.kind == "embedded" and gguf is not None:
+            return root / gguf
+        return root if self.kind != "hf" or self.sha256 else None
+
     def verify(self, beside: Path) -> None:
         """Refuse a backbone of which a file is missing or altered."""
         for name, path in self.files(beside).items():
@@ -91,7 +101,9 @@ class BackboneRef:
 def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = None) -> Any:
     """The transformers model, in evaluation mode; weights only from safetensors or GGUF, never remote code.
 
-    `dtype` overrides the reference's. Raises BackboneError where files are missing or transformers refuses them.
+    `dtype` overrides the reference's. int8 and int4 layers are loaded where the reference names their file: one that
+    merely lies in the folder counts for nothing. Raises BackboneError where files are missing or transformers refuses
+    them.
     """
     import torch
     from safetensors import SafetensorError
@@ -111,7 +123,7 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
     elif ref.kind == "gguf":
         source, gguf = str(Path(ref.path).parent), Path(ref.path).name
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if gguf is None and (Path(source) / MARK).is_file():
+    if gguf is None and MARK in ref.sha256:
         return _load_int(Path(source), wanted)
     options: dict[str, Any] = {"dtype": wanted, "trust_remote_code": False}
     options |= {"gguf_file": gguf} if gguf else {"use_safetensors": True}
@@ -132,6 +144,44 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
     for parameter in model.parameters():  # not buffers: rotary frequencies in bfloat16 would turn far positions wrong
         parameter.data = parameter.data.to(wanted)
     return model.eval()
+
+
+_NAMES = {  # of config.json: newer and older architectures
+    "blocks": ("num_hidden_layers", "n_layer", "num_layers"),
+    "hidden size": ("hidden_size", "n_embd", "d_model"),
+    "vocabulary": ("vocab_size",),
+}
+_SAME = {"mistral": "llama", "mixtral": "llama", "umt5": "t5", "cohere": "commandr"}  # GGUF has one name for both
+
+
+def backbone_facts(place: Path) -> dict[str, int | str]:
+    """What a folder's config.json or a GGUF's header says of the model; no weights are read.
+
+    Keys: "architecture", "blocks", "hidden size", "vocabulary" (rows of the token embedding). What is not said is left
+    out; so is everything of a path that does not exist. The architecture is in GGUF's words, without "_" and "-".
+    Raises GgufHeaderError for a file that is no GGUF, BackboneError for a config.json that is no JSON object.
+    """
+    if place.is_file():
+        pairs, embedding = read_metadata(place), read_tensors(place).get("token_embd.weight")
+        kind = pairs.get("general.architecture")
+        found = {"architecture": kind, "blocks": pairs.get(f"{kind}.block_count"),
+                 "hidden size": pairs.get(f"{kind}.embedding_length"),
+                 "vocabulary": embedding[0][-1] if embedding and embedding[0] else None}  # fmt: skip
+    elif (place / "config.json").is_file():
+        try:
+            config = json.loads((place / "config.json").read_bytes())
+            config = config.get("text_config") or config
+            found = {fact: next((config[name] for name in names if name in config), None)
+                     for fact, names in _NAMES.items()}  # fmt: skip
+            found["architecture"] = config.get("model_type")
+        except (ValueError, AttributeError, TypeError) as wrong:
+            raise BackboneError(f"{place / 'config.json'} cannot be read: {wrong!r}") from None
+    else:
+        return {}
+    if isinstance(kind := found["architecture"], str):
+        plain = kind.removesuffix("_text").replace("_", "").replace("-", "")
+        found["architecture"] = _SAME.get(plain, plain)
+    return {fact: value for fact, value in found.items() if isinstance(value, int | str)}
 
 
 def _load_int(folder: Path, wanted: Any) -> Any:

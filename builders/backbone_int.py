@@ -34,6 +34,8 @@ VERSION = 1
 KINDS = {"int8": ("int8", "scale"), "int4": ("int4", "scale", "zero")}  # the parts of each in the file
 GROUPS = (32, 64, 128)  # what torch's four-bit kernel knows
 LEAST_SCALE = 1e-6  # of a group whose weights are all equal
+ALIGNED = 64  # bytes; torch's int8 kernel reads weights and inputs with instructions that end the process elsewhere
+KERNEL_STEP = 16  # inputs; it reads past the end of a row that is no whole number of steps
 FEW_ROWS = 16  # up to here torch's int8 kernel beats a float copy of the weight (measured: bf16, AVX-512)
 
 
@@ -68,13 +70,18 @@ class Int8Linear(nn.Linear):
         weight: Any = self.weight
         rows = input.numel() // input.shape[-1]
         fast = input.dtype == torch.bfloat16 and input.device.type == "cpu" and rows <= FEW_ROWS
-        if not fast or input.requires_grad:  # the kernel has no gradient
+        if not fast or input.shape[-1] % KERNEL_STEP or input.requires_grad:  # the kernel has no gradient
             return super().forward(input)
         scale = weight.scale.flatten().to(input.dtype)
-        flat = input.reshape(-1, input.shape[-1]).contiguous()
+        flat = aligned(input.reshape(-1, input.shape[-1]).contiguous())
         out: Tensor = torch._weight_int8pack_mm(flat, weight.qdata, scale)
         out = out.reshape(*input.shape[:-1], out.shape[-1])
         return out if self.bias is None else out + self.bias
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy where it does not begin at a multiple of ALIGNED bytes: files give such tensors."""
+    return tensor.clone() if tensor.data_ptr() % ALIGNED else tensor
 
 
 def stored_form(weight: Tensor, kind: str, group: int) -> dict[str, Tensor]:
@@ -102,15 +109,16 @@ def stored_form(weight: Tensor, kind: str, group: int) -> dict[str, Tensor]:
 def torchao_form(stored: dict[str, Tensor], group: int, dtype: torch.dtype) -> Tensor:
     """The tensor that computes: torchao's, on the device and from the tensors of the file form.
 
-    int4 is four bits in memory where torch has a kernel for it (bfloat16 on a CPU), else a byte a value.
+    int8 shares the memory of values and scales where they are aligned, else it holds copies that are. int4 is four bits
+    in memory where torch has a kernel for it (bfloat16 on a CPU), else a byte a value.
     """
     with torchao_importable():
         from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
         from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
     scale = stored["scale"]
     if "int8" in stored:
-        values = stored["int8"]
-        int8: Tensor = Int8Tensor(values, scale.reshape(-1, 1), [1, values.shape[1]], dtype)
+        values = aligned(stored["int8"])
+        int8: Tensor = Int8Tensor(values, aligned(scale).reshape(-1, 1), [1, values.shape[1]], dtype)
         return int8
     pairs, zero = stored["int4"], stored["zero"]
     values = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(1)
@@ -205,6 +213,7 @@ def load_int_folder(folder: Path, dtype: torch.dtype, device: str = "cpu") -> An
             _check_shapes(folder, model, name, entry, parts)
             put_weight(model, name, torchao_form(parts, entry.get("group", 0), dtype))
             names -= set(wanted.values())
+            del parts  # the file's own pages, before the next module's are read
         plain = {name: file.get_tensor(name) for name in sorted(names)}
     own = model.state_dict()
     for name, tensor in plain.items():

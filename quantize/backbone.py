@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 from engram import Progress
 from engram.builders.backbone import BackboneRef
 from engram.builders.fetch import hash_file
-from engram.quantize.backbone_config import FOLDER, BackboneConfig, QuantizeBackboneError
-from engram.quantize.backbone_gguf import to_gguf
+from engram.quantize.backbone_config import FOLDER, INT_KINDS, BackboneConfig, QuantizeBackboneError
+from engram.quantize.backbone_gguf import check_gguf, check_kind, quantized_in, to_gguf
 
-__all__ = ["BackboneConfig", "QuantizeBackboneError", "quantize_backbone"]
-
-INT_KINDS = ("int8", "int4")
+__all__ = ["BackboneConfig", "QuantizeBackboneError", "check_backbone", "quantize_backbone"]
 
 
 def quantize_backbone(config: BackboneConfig, progress: Progress | None = None) -> tuple[dict[str, Any], BackboneRef]:
     """Write `config.out / "backbone"` and return its report and the reference to it (kind "embedded").
 
-    Report: "type", "bytes_before" and "bytes" (files), "modules" (name → type), "left" (name → type of what stays
-    float), "seconds"; for int kinds "resident_before" and "resident" (bytes of the weights in memory). Raises
-    QuantizeBackboneError for a type that is unknown or that the source does not allow, BackboneError for a source that
-    is altered or cannot be loaded.
+    Report: "type", "bytes_before" and "bytes" (files; before, of a hub name: the loaded weights), "modules" (name →
+    type), "left" (name → type of what stays float), "requantized" (type → tensors of the source that were quantized),
+    "seconds"; for int kinds "resident_before" and "resident" (bytes of the weights in memory). Raises as
+    check_backbone, and BackboneError for a source that is altered or cannot be loaded.
     """
     begin = time.monotonic()
     progress = progress or Progress()
     if config.source.files(config.beside):
         with progress.task("hash the backbone"):
             config.source.verify(config.beside)
+    requantized = check_backbone(config)
     if config.kind in INT_KINDS:
         report = _to_int(config, progress)
     else:
@@ -37,7 +38,49 @@ def quantize_backbone(config: BackboneConfig, progress: Progress | None = None) 
     hashes = {path.name: hash_file(path) for path in sorted(folder.iterdir())}
     size = sum(path.stat().st_size for path in folder.iterdir())
     made = BackboneRef("embedded", FOLDER, config.source.dtype, hashes)
+    report |= {"requantized": requantized}
     return {"type": config.kind, **report, "bytes": size, "seconds": time.monotonic() - begin}, made
+
+
+def check_backbone(config: BackboneConfig) -> dict[str, int]:
+    """Type → tensors of the source that are quantized already; what can be refused is refused, without any weights.
+
+    The files count, not their history: quantized are a GGUF with tensors of a quantized type, and a folder whose
+    config.json has a quantization_config (its type counts once). Errors of such a source add to the new ones whatever
+    the new type is, so it needs `requantize`. A folder of int8 or int4 layers is refused even then: no float weights
+    can be had of it. A dense folder made from a GGUF is float. Raises QuantizeBackboneError for these and for a type or
+    option that is unknown, BackboneError or ImportanceError for files that cannot be read.
+    """
+    from engram.builders.backbone_int import MARK
+
+    check_kind(config.kind)
+    if MARK in config.source.sha256:
+        raise QuantizeBackboneError(
+            f"backbone {config.source.path} is int8 or int4 already, it has no float linear layer to quantize",
+            hint="take the float backbone",
+        )
+    place = config.source.place(config.beside)
+    found = _quantized_already(place) if place else {}
+    if found and not config.requantize:
+        gguf = place is not None and place.suffix == ".gguf"
+        counts = ", ".join(f"{count} tensors {name}" if gguf else name for name, count in sorted(found.items()))
+        raise QuantizeBackboneError(
+            f"backbone {place} is quantized already ({counts}): its errors would add to the new ones",
+            hint="take the F16, BF16 or float one, or allow it with --requantize",
+        )
+    if config.kind not in INT_KINDS:
+        check_gguf(config)
+    return found
+
+
+def _quantized_already(place: Path) -> dict[str, int]:
+    if place.suffix == ".gguf":
+        return quantized_in(place)
+    try:
+        told = json.loads((place / "config.json").read_bytes()).get("quantization_config")
+    except (OSError, ValueError, AttributeError) as wrong:
+        raise QuantizeBackboneError(f"{place / 'config.json'} cannot be read: {wrong!r}") from None
+    return {str(told.get("quant_method", "unnamed") if isinstance(told, dict) else told): 1} if told else {}
 
 
 def _to_int(config: BackboneConfig, progress: Progress) -> dict[str, Any]:
@@ -45,11 +88,10 @@ def _to_int(config: BackboneConfig, progress: Progress) -> dict[str, Any]:
     from torch import nn
 
     from engram.builders.backbone import forget_gguf, load_backbone
-    from engram.builders.backbone_int import GROUPS, MARK, put_weight, stored_form, torchao_form, write_int_folder
+    from engram.builders.backbone_int import GROUPS, put_weight, stored_form, torchao_form, write_int_folder
 
     if config.group not in GROUPS:
         raise QuantizeBackboneError(f"group {config.group} is not known", hint=f"use one of {GROUPS}")
-    before = source_bytes(config)
     with progress.task("load the backbone"):
         model = load_backbone(config.source, config.beside)
     forget_gguf(model)
@@ -63,7 +105,7 @@ def _to_int(config: BackboneConfig, progress: Progress) -> dict[str, Any]:
     if not layers:
         raise QuantizeBackboneError(
             f"backbone {config.source.path} has no float linear layer to quantize",
-            hint="it is int8 or int4 already: take the float backbone" if MARK in config.source.sha256 else "",
+            hint="take a backbone of float weights",
         )
     if config.head and head is not None and model.config.get_text_config().tie_word_embeddings:
         model.config.get_text_config().tie_word_embeddings = False
@@ -88,7 +130,7 @@ def _to_int(config: BackboneConfig, progress: Progress) -> dict[str, Any]:
             if name.removesuffix(".weight") not in stored}  # fmt: skip
     modules = {name: f"int4 g{entry['group']}" if "group" in entry else "int8" for name, entry in types.items()}
     return {
-        "bytes_before": before, "modules": modules, "left": left,
+        "bytes_before": source_bytes(config) or resident_before, "modules": modules, "left": left,
         "resident_before": resident_before, "resident": resident_bytes(model),
     }  # fmt: skip
 
@@ -117,5 +159,3 @@ def resident_bytes(model: Any) -> int:
         for part in [getattr(tensor, name) for name in names] or [tensor]:
             sizes[part.untyped_storage().data_ptr()] = part.numel() * part.element_size()
     return sum(sizes.values())
-
-

@@ -14,7 +14,7 @@ import numpy as np
 
 from engram import Progress
 from engram.builders.gguf_header import read_tensors
-from engram.quantize.backbone_config import FOLDER, BackboneConfig, QuantizeBackboneError
+from engram.quantize.backbone_config import FOLDER, INT_KINDS, BackboneConfig, QuantizeBackboneError
 from engram.quantize.backbone_imatrix import Importance, read_importance
 
 TARGET = "model.gguf"
@@ -29,7 +29,8 @@ def _llama_cpp() -> Any:
     except ImportError as wrong:
         raise QuantizeBackboneError(
             f"GGUF types need llama-cpp-python, which cannot be imported: {wrong}",
-            hint="run: make gguf, or pip install 'engram-lm[gguf]' (it compiles llama.cpp: 10 to 40 minutes)",
+            hint="run: make gguf, or pip install 'engram-lm[gguf]' (it compiles llama.cpp: 10 to 40 minutes); "
+            "int8 and int4 do without it",
         ) from None
     return llama_cpp
 
@@ -40,6 +41,14 @@ def gguf_types() -> dict[str, int]:
     prefix = re.compile(r"LLAMA_FTYPE_(?:MOSTLY|ALL)_(\w+)")
     found = {name: prefix.fullmatch(name) for name in dir(library)}
     return {match[1].lower(): int(getattr(library, name)) for name, match in sorted(found.items()) if match}
+
+
+def check_kind(kind: str) -> None:
+    """QuantizeBackboneError for a type that is neither int8 nor int4 nor one of llama.cpp's; loads no model."""
+    if kind not in INT_KINDS and kind.lower() not in (known := gguf_types()):
+        raise QuantizeBackboneError(
+            f"--backbone {kind!r} is not known", hint=f"use one of: {', '.join([*INT_KINDS, *sorted(known)])}"
+        )
 
 
 def tensor_types() -> dict[str, int]:
@@ -62,31 +71,19 @@ def types_in(path: Path) -> dict[str, str]:
 
 
 def to_gguf(config: BackboneConfig, progress: Progress) -> dict[str, Any]:
-    """Write `backbone/model.gguf`; returns "bytes_before", "modules", "left", "requantized", "importance".
+    """Write `backbone/model.gguf`; returns "bytes_before", "modules", "left", "importance", "importance_tensors".
 
-    requantized: type → tensors of the source that were quantized. The types in the report are those found in the
-    written file: llama.cpp takes another type than asked where a width is no multiple of 256. Raises as
-    quantize_backbone.
+    importance: the file of the importance matrix, or None; importance_tensors: the matrices it names. The types are
+    those found in the written file: llama.cpp takes another type than asked where a width is no multiple of 256. Raises
+    as quantize_backbone.
     """
-    library = _llama_cpp()
-    ftype = _lookup(gguf_types(), config.kind, "--backbone")
     source = _source(config)
-    before = types_in(source)
-    requantized = dict(Counter(kind for kind in before.values() if kind not in _FLOAT))
-    if requantized and not config.requantize:
-        raise QuantizeBackboneError(
-            f"backbone {source} is quantized already ({_counts(requantized)}): its errors would add to the new ones",
-            hint="take the F16 or BF16 file, or allow it with --requantize",
-        )
+    importance = read_importance(config.importance) if config.importance else None
+    settings, kept = _settings(config, source, importance)
     target = config.out / FOLDER / TARGET
     target.parent.mkdir(parents=True, exist_ok=True)
-    importance = read_importance(config.importance) if config.importance else None
-    settings = library.llama_model_quantize_default_params()
-    settings.nthread = config.threads or os.cpu_count() or 1
-    settings.ftype, settings.allow_requantize = ftype, bool(requantized)
-    kept = _fill(library, settings, config, source, importance)
-    with progress.task(f"backbone to {config.kind}", len(before), "tensors") as task:
-        failed, lines = _call(library, source, target, settings, task.advance)
+    with progress.task(f"backbone to {config.kind}", len(read_tensors(source)), "tensors") as task:
+        failed, lines = _call(_llama_cpp(), source, target, settings, task.advance)
     del kept
     if failed:
         reason = lines[-1].removeprefix("llama_model_quantize: failed to quantize: ") if lines else "it gives no reason"
@@ -99,9 +96,19 @@ def to_gguf(config: BackboneConfig, progress: Progress) -> dict[str, Any]:
         "bytes_before": source.stat().st_size,
         "modules": {name: kind for name, kind in after.items() if kind not in _FLOAT},
         "left": {name: kind for name, kind in after.items() if kind in _FLOAT},
-        "requantized": requantized,
-        "importance": len(importance.means) if importance else 0,
+        "importance": str(config.importance) if importance else None,
+        "importance_tensors": len(importance.means) if importance else 0,
     }
+
+
+def check_gguf(config: BackboneConfig) -> None:
+    """Raise what to_gguf would raise for its options, from headers alone."""
+    _settings(config, _source(config), read_importance(config.importance) if config.importance else None)
+
+
+def quantized_in(gguf: Path) -> dict[str, int]:
+    """Type → how many tensors of a GGUF file are quantized so; empty for a float one."""
+    return dict(Counter(kind for kind in types_in(gguf).values() if kind not in _FLOAT))
 
 
 def _source(config: BackboneConfig) -> Path:
@@ -118,6 +125,15 @@ def _lookup(known: dict[str, int], name: str, option: str) -> int:
     if name.lower() not in known:
         raise QuantizeBackboneError(f"{option} {name!r} is not known", hint=f"use one of: {', '.join(sorted(known))}")
     return known[name.lower()]
+
+
+def _settings(config: BackboneConfig, source: Path, importance: Importance | None) -> tuple[Any, list[Any]]:
+    """llama.cpp's C struct, and what must outlive its use."""
+    library = _llama_cpp()
+    settings = library.llama_model_quantize_default_params()
+    settings.nthread = config.threads or os.cpu_count() or 1
+    settings.ftype, settings.allow_requantize = gguf_types()[config.kind.lower()], config.requantize
+    return settings, _fill(library, settings, config, source, importance)
 
 
 def _fill(
@@ -197,7 +213,3 @@ def _silent(library: Any) -> Any:
 
 
 _KEPT: dict[str, Any] = {}
-
-
-def _counts(types: dict[str, int]) -> str:
-    return ", ".join(f"{count} tensors {name}" for name, count in sorted(types.items()))

@@ -10,6 +10,7 @@ carry over.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram import EngramError
-from engram.builders.atomic import write_whole
 from engram.builders.gguf_header import GgufHeaderError, read_metadata
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -107,8 +107,19 @@ def write_importance(path: Path, importance: Importance, datasets: list[str], ch
     """Write the matrix as llama.cpp's imatrix GGUF. `datasets` names the texts, `chunk` the positions of one run."""
     from gguf import GGUFWriter
 
-    partial = path.with_name(path.name + ".writing")
+    partial = path.with_name(path.name + ".partial")
     writer = GGUFWriter(partial, "")
+    try:
+        _fill(writer, importance, datasets, chunk)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        writer.close()
+        partial.unlink(missing_ok=True)
+
+
+def _fill(writer: Any, importance: Importance, datasets: list[str], chunk: int) -> None:
     writer.kv_data[0].pop("general.architecture", None)  # an imatrix has none
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", datasets or [""])
@@ -123,9 +134,24 @@ def write_importance(path: Path, importance: Importance, datasets: list[str], ch
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    content = partial.read_bytes()
-    partial.unlink()
-    write_whole(path, content)
+
+
+def check_importance_target(path: Path, *, force: bool) -> None:
+    """Make the folder of a matrix to come. ImportanceError where something is there, or with `force` no matrix."""
+    if path.exists() and not force:
+        raise ImportanceError(
+            f"{path} exists", hint=f"use it with --importance {path}, or pass --force to make another"
+        )
+    if path.is_symlink() or path.exists() and not (path.is_file() and _is_matrix(path)):
+        raise ImportanceError(f"{path} is no importance matrix, --force does not replace it", hint="remove it yourself")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _is_matrix(path: Path) -> bool:
+    try:
+        return read_metadata(path).get("general.type") == "imatrix"
+    except GgufHeaderError:
+        return False
 
 
 def read_importance(path: Path) -> Importance:

@@ -9,18 +9,20 @@ import torch
 from engram import Progress
 from engram.builders.checkpoint import open_checkpoint
 from engram.builders.corpus import CorpusConfig
-from engram.quantize.backbone_imatrix import Collector, write_importance
+from engram.quantize.backbone_imatrix import Collector, check_importance_target, write_importance
 from engram.runtime.quality_gate import QualityConfig, context_of, float_model, read_windows
 from engram.runtime.row_sources import FloatTables
 
 
 def collect_importance(
-    checkpoint_folder: Path, gguf: Path, text: CorpusConfig, tokens: int, out: Path, progress: Progress
+    checkpoint_folder: Path, gguf: Path, text: CorpusConfig, tokens: int, out: Path, progress: Progress, *, force: bool
 ) -> None:
     """Run the float model over the text and write `out`, an imatrix GGUF for the tensors of `gguf`.
 
-    Raises ImportanceError for a GGUF whose architecture has no known tensor names, and what checkpoint and text raise.
+    Its folder is made. Raises ImportanceError before anything runs where `out` exists (with `force`: where it is no
+    importance matrix), and for a GGUF whose architecture has no known tensor names; and what checkpoint and text raise.
     """
+    check_importance_target(out, force=force)
     checkpoint = open_checkpoint(checkpoint_folder)
     rows, model = FloatTables(checkpoint), float_model(checkpoint)
     config = QualityConfig(text, max_tokens=tokens)

@@ -50,7 +50,8 @@ class Bound:
 class BackboneWish:
     """What the backbone becomes; see BackboneConfig. `source`: a GGUF file or folder in place of the checkpoint's own.
 
-    `importance`: an imatrix file, or text of which `importance_tokens` are read to make one.
+    `importance`: an imatrix file, or text of which `importance_tokens` are read to make one. Raises
+    QuantizeBackboneError for an unknown kind and for options that the kind does not look at.
     """
 
     kind: str
@@ -61,6 +62,14 @@ class BackboneWish:
     importance: CorpusConfig | Path | None = None
     importance_tokens: int = 16_384
     requantize: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse before anything is read."""
+        from engram.quantize.backbone_config import refuse_unused
+        from engram.quantize.backbone_gguf import check_kind
+
+        check_kind(self.kind)
+        refuse_unused(self.kind, self.tensor_types, self.embedding_type, self.output_type, self.importance)
 
 
 @dataclass(frozen=True)

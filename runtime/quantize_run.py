@@ -11,7 +11,8 @@ from engram import Progress
 from engram.builders.backbone import BackboneRef
 from engram.builders.checkpoint import open_checkpoint
 from engram.builders.corpus import CorpusConfig, files
-from engram.quantize.backbone import BackboneConfig
+from engram.quantize.backbone import BackboneConfig, check_backbone
+from engram.quantize.backbone_config import check_replacement
 from engram.quantize.folder import check_target, rejected_name
 from engram.quantize.tables import QuantizeConfig, QuantizeError, quantize
 from engram.runtime.quantize_config import AUTO, BackboneWish, QuantizeRun
@@ -30,6 +31,7 @@ def quantize_run(config: QuantizeRun, progress: Progress | None = None) -> dict[
     for text in (config.calibrate, config.gate, wish and wish.importance):
         if isinstance(text, CorpusConfig):
             files(text)  # a source that names nothing is found before the long work
+    backbone = None if wish is None else _backbone(config, wish)
     gate = None
     if config.gate is not None:
         from engram.runtime.quality_gate import Gate, QualityConfig
@@ -45,7 +47,8 @@ def quantize_run(config: QuantizeRun, progress: Progress | None = None) -> dict[
 
         plans, traded = choose_plans(config, seen)
     codec = "mixed" if config.tables == AUTO else config.tables
-    backbone = None if wish is None else _backbone(config, wish, seen)
+    if wish is not None and backbone is not None and isinstance(wish.importance, CorpusConfig):
+        backbone = _weighed(config, wish.importance, backbone, wish.importance_tokens, seen)
     record: dict[str, Any] = {}
     if traded:
         others = {name: value for name, value in traded.items() if name != "plans"}
@@ -55,28 +58,35 @@ def quantize_run(config: QuantizeRun, progress: Progress | None = None) -> dict[
     return result | traded | {"seconds": time.monotonic() - begin}
 
 
-def _backbone(config: QuantizeRun, wish: BackboneWish, progress: Progress) -> BackboneConfig:
-    """The backbone's part; an importance matrix of text is made now and kept beside `out`."""
+def _backbone(config: QuantizeRun, wish: BackboneWish) -> BackboneConfig:
+    """The backbone's part, checked by metadata.
+
+    Raises QuantizeBackboneError for a `source` of another model and as check_backbone.
+    """
     checkpoint = open_checkpoint(config.checkpoint)
     source = checkpoint.backbone
     if wish.source is not None:
+        check_replacement(source, config.checkpoint, wish.source)
         source = BackboneRef.find(str(wish.source), source.dtype)
     made = BackboneConfig(
         source, config.checkpoint, config.out, wish.kind, tensor_types=wish.tensor_types,
         embedding_type=wish.embedding_type, output_type=wish.output_type, requantize=wish.requantize,
+        importance=wish.importance if isinstance(wish.importance, Path) else None,
     )  # fmt: skip
-    if wish.importance is None:
-        return made
-    if isinstance(wish.importance, Path):
-        return replace(made, importance=wish.importance)
+    check_backbone(made)
+    return made
+
+
+def _weighed(
+    config: QuantizeRun, text: CorpusConfig, backbone: BackboneConfig, tokens: int, progress: Progress
+) -> BackboneConfig:
+    """The same with an importance matrix of the text, made now and kept beside `out`.
+
+    Raises ImportanceError where that file exists without `force`.
+    """
     from engram.runtime.importance import collect_importance
 
-    target = config.out.with_name(config.out.name + ".imatrix.gguf")
-    ggufs = [path for path in source.files(config.checkpoint).values() if path.suffix == ".gguf"]
-    if not ggufs:
-        raise QuantizeError(
-            f"an importance matrix is for GGUF types; backbone {source.path} is no GGUF file",
-            hint="name the file with --backbone-from FILE.gguf",
-        )
-    collect_importance(config.checkpoint, ggufs[0], wish.importance, wish.importance_tokens, target, progress)
-    return replace(made, importance=target)
+    target, gguf = config.out.with_name(config.out.name + ".imatrix.gguf"), backbone.source.place(config.checkpoint)
+    assert gguf is not None, "check_backbone finds a file for GGUF types"
+    collect_importance(config.checkpoint, gguf, text, tokens, target, progress, force=config.force)
+    return replace(backbone, importance=target)

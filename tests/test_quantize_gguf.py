@@ -113,7 +113,7 @@ def test_importance_weighs_columns(source: BackboneRef, tmp_path: Path) -> None:
     write_importance(tmp_path / "i.gguf", Importance({"blk.0.attn_q.weight": heavy}), ["none"])
     quantized(source, tmp_path / "plain", "iq4_nl")
     report, _ = quantized(source, tmp_path / "weighted", "iq4_nl", importance=tmp_path / "i.gguf")
-    assert report["importance"] == 1
+    assert (report["importance"], report["importance_tensors"]) == (str(tmp_path / "i.gguf"), 1)
     true = next(t.data for t in gguf.GGUFReader(source.path).tensors if t.name == "blk.0.attn_q.weight")
     error = {}
     for way in ("plain", "weighted"):

@@ -61,6 +61,7 @@ def choose_plans(config: QuantizeRun, progress: Progress) -> tuple[Plans, dict[s
           seen_rows, seen_share   rows that the counted documents read; look_ups: how often they read one
           first_time_share        look-ups whose row was read that once only: Good and Turing's estimate of the share of
                         new text's look-ups that find a row unseen, which is what --unseen and --drop-unseen put at risk
+                        (too low where a document repeats what only it says; held_out_share of the class is a count)
         table_bytes   of all layers
         calibration   documents, counted_documents, counted_tokens, documents_sha256 (over the sorted hashes of all)
         held_out      what the plans cost on documents that were not counted: change (nats a token), ci95 (over

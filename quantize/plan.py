@@ -108,27 +108,33 @@ class TablePlan:
         return [int(n) for n in total]
 
     def bytes(self, layout: Layout, layer: int) -> int:
-        """Bytes of the table's files: pages, checksums, and the map where there is one."""
-        total, classes = 0, []
-        for codec, rows in zip(self.codecs, self.counts(layout, layer), strict=True):
+        """Bytes of the table's files: those of the classes, and the map where there is one."""
+        return sum(self._sizes(self.counts(layout, layer), layout, layer))
+
+    def _sizes(self, counts: list[int], layout: Layout, layer: int) -> list[int]:
+        """Bytes of each class's file (pages and checksums; 0 where nothing is stored), then of the map (0 for none)."""
+        sizes, classes = [], []
+        for codec, rows in zip(self.codecs, counts, strict=True):
             stored = bool(codec is not None and rows)
             version = None if codec is None else find_codec(codec).version
             classes.append(ClassFile(codec, version, rows, _SEAL if stored else None))
-            if stored:
-                total += Geometry(find_codec(str(codec)), rows, layout.head_dim, layer).file_bytes
-        if self.mixed:
-            total += MapHeader(layout.head_dim, layout.table_rows[layer], layer, classes).file_bytes
-        return total
+            sizes.append(Geometry(find_codec(str(codec)), rows, layout.head_dim, layer).file_bytes if stored else 0)
+        rows = layout.table_rows[layer]
+        return [*sizes, MapHeader(layout.head_dim, rows, layer, classes).file_bytes if self.mixed else 0]
 
     def to_json(self, layout: Layout, layer: int) -> dict[str, Any]:
-        """What a manifest and a report say of the plan; lists of rows are in the table's own map."""
+        """What a report says of the plan; `bytes` of the whole are those of the classes and of the map of rows."""
         counts = self.counts(layout, layer)
+        sizes = self._sizes(counts, layout, layer)
         values = layout.table_rows[layer] * layout.head_dim
         return {
-            "classes": [{"codec": c, "rows": n} for c, n in zip(self.codecs, counts, strict=True)],
+            "classes": [
+                {"codec": codec, "rows": rows, "bytes": size}
+                for codec, rows, size in zip(self.codecs, counts, sizes[:-1], strict=True)
+            ],
             "heads": [self.codecs[number] for number in self.heads],
-            "bits_per_value": 8 * self.bytes(layout, layer) / values,
-        }
+            "bytes": sum(sizes), "bits_per_value": 8 * sum(sizes) / values,
+        }  # fmt: skip
 
 
 def frequent_plan(

@@ -8,7 +8,8 @@ Shape letters: n drawn rows, D row width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from engram import EngramError, Progress
 from engram.builders import checkpoint as checkpoints
-from engram.kernels.codecs import find_codec
+from engram.kernels.codecs import Codec, CodecError, find_codec
 from engram.quantize.package import open_source
 
 _BLOCK = 8192
@@ -60,7 +61,8 @@ def row_report(
                         values_nD = np.asarray(mapped[part])
                     whole.append(np.square(values_nD.astype(np.float64)).sum(1))
                     for codec in chosen:
-                        encoded = codec.encode(values_nD, table=f"layer {layer}", first_row=int(part[0]))
+                        with naming(codec, part, values_nD, layer):
+                            encoded = codec.encode(values_nD)
                         made = codec.decode(encoded, layout.head_dim)
                         lost[codec.name].append(np.square(made - values_nD.astype(np.float64)).sum(1))
                     task.advance(len(part))
@@ -74,6 +76,17 @@ def row_report(
                 },
             }  # fmt: skip
     return {"sample": sample, "seed": seed, "confidence": 0.95, "layers": layers}
+
+
+@contextmanager
+def naming(codec: Codec, rows_n: NDArray[np.int64], values_nD: NDArray[np.float32], layer: int) -> Iterator[None]:
+    """While drawn rows are encoded: a CodecError names the row of the table, not its place among these."""
+    try:
+        yield
+    except CodecError:
+        for place, row in enumerate(rows_n.tolist()):
+            codec.encode(values_nD[place : place + 1], table=f"layer {layer}", first_row=row)
+        raise
 
 
 def _figures(lost_n: NDArray[np.float64], whole_n: NDArray[np.float64]) -> dict[str, Any]:

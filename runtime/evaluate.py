@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,13 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Sample:
-    """How much of a text to read; see EvalConfig."""
+    """How much of a text to read; see EvalConfig. `documents`: these alone; `least`: fewer of them are an error."""
 
     max_tokens: int | None = None
     document_tokens: int = 2048
     sequence: int = 512
+    documents: Sequence[int] | None = None
+    least: int = _LEAST_DOCUMENTS
 
 
 @dataclass
@@ -115,18 +117,26 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
 def choose(cache: TokenCache, config: EvalConfig | Sample) -> list[tuple[int, int]]:
     """(document, tokens of it to read), in the order of the documents' hashes."""
     lengths, chosen = cache.lengths(), []
-    left = int(lengths.sum()) if config.max_tokens is None else config.max_tokens
+    only, least = (config.documents, config.least) if isinstance(config, Sample) else (None, _LEAST_DOCUMENTS)
+    among = np.arange(len(lengths)) if only is None else np.array(only, dtype=np.int64)
+    left = int(lengths[among].sum()) if config.max_tokens is None else config.max_tokens
     window = min(config.sequence, max(2, left // _SPREAD))
-    longest = min(config.document_tokens, max(window, common_length(lengths, left)))
-    for i in np.argsort(cache.hashes(), kind="stable"):
+    longest = min(config.document_tokens, max(window, common_length(lengths[among], left)))
+    for i in among[np.argsort(cache.hashes()[among], kind="stable")]:
         tokens = min(int(lengths[i]), longest, left)
         if tokens >= 2:
             chosen.append((int(i), tokens))
             left -= tokens
-    if len(chosen) < _LEAST_DOCUMENTS:
+    if len(chosen) < least:
+        there = int((lengths[among] >= 2).sum())
+        if there >= least:
+            raise EvaluateError(
+                f"{config.max_tokens} tokens are too few to read {least} documents", hint="let more tokens be read"
+            )
         raise EvaluateError(
-            f"the data has {len(chosen)} documents of at least 2 tokens, {_LEAST_DOCUMENTS} are needed for an interval",
-            hint="give more documents, or raise --max-tokens",
+            f"the data has {there} documents of at least 2 tokens, {least} are needed"
+            + (" for an interval" if least > 1 else ""),
+            hint="give more documents: files, or lines of a .jsonl file",
         )
     return chosen
 

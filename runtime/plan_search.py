@@ -23,6 +23,7 @@ from engram import EngramError, Progress
 from engram.builders.layout import Layout
 from engram.kernels.codecs import CodecError, find_codec
 from engram.quantize.plan import MOST_CLASSES, TablePlan
+from engram.quantize.row_store import PAGE
 from engram.runtime.calibrate import RowWeights
 from engram.runtime.row_sources import FloatTables, through_codec
 
@@ -33,7 +34,7 @@ _MEASURED_STEPS = 7  # each costs a pass over the text
 
 
 class SearchError(EngramError):
-    """A bound that no assignment meets."""
+    """A bound that no assignment meets, or rows that no codec holds."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def look_at(
         heavy = weight.weight_U * norm_U
         chance = heavy / heavy.sum() if heavy.sum() else None
         sample = np.unique(generator.choice(weight.rows_U, size=min(_SAMPLE, len(weight.rows_U)), p=chance))
-        names, size_K, error_K = _errors(source.rows(layer, sample), layer, candidates)
+        names, size_K, error_K = _errors(sample, source.rows(layer, sample), layer, candidates)
         hull = _hull(size_K, error_K)
         found.append(_Table(
             layer, weight.rows_U, heavy * reach_C[column_U], column_U, unseen * typical * reach_C,
@@ -141,20 +142,33 @@ def look_at(
     return found
 
 
-def _errors(rows_UD: Any, layer: int, candidates: Sequence[str]) -> tuple[list[str], Any, Any]:
-    """Codecs that the width allows, their bytes a row, and their squared relative error on these rows."""
-    names, sizes, errors = [], [], []
-    whole = float(np.square(rows_UD.astype(np.float64)).sum())
+def fitting(width: int, candidates: Sequence[str] = CANDIDATES) -> dict[str, float]:
+    """Bytes of a row, with its share of the page's unused end, of every codec whose rows of this width fit a page."""
+    found = {}
     for name in candidates:
         try:
-            size = find_codec(name).row_bytes(rows_UD.shape[1])
-            made_UD = through_codec(name, rows_UD, layer)
+            size = find_codec(name).row_bytes(width)
         except CodecError:
             continue
-        names.append(name)
-        sizes.append(float(4096 / (4096 // size)))  # with the page's unused end
-        errors.append(float(np.square(made_UD - rows_UD.astype(np.float64)).sum()) / whole if whole else 0.0)
-    return names, np.array(sizes), np.array(errors)
+        if size <= PAGE:
+            found[name] = PAGE / (PAGE // size)
+    if not found:
+        raise SearchError(
+            f"rows of width {width} fit a page of {PAGE} bytes in none of the codecs {', '.join(candidates)}",
+            hint="use a layout with a smaller head_dim",
+        )
+    return found
+
+
+def _errors(rows_U: Any, values_UD: Any, layer: int, candidates: Sequence[str]) -> tuple[list[str], Any, Any]:
+    """Codecs that the width allows, their bytes a row, and their squared relative error on these rows."""
+    errors = []
+    whole = float(np.square(values_UD.astype(np.float64)).sum())
+    sizes = fitting(values_UD.shape[1], candidates)
+    for name in sizes:
+        made_UD = through_codec(name, rows_U, values_UD, layer)
+        errors.append(float(np.square(made_UD - values_UD.astype(np.float64)).sum()) / whole if whole else 0.0)
+    return list(sizes), np.array(list(sizes.values())), np.array(errors)
 
 
 def _hull(size_K: Any, error_K: Any) -> list[int]:
@@ -181,17 +195,28 @@ def total_bytes(plans: Mapping[int, TablePlan], layout: Layout) -> int:
     return sum(plan.bytes(layout, layer) for layer, plan in plans.items())
 
 
+def check_budget(layout: Layout, budget: int, drop_unseen: bool) -> None:
+    """SearchError where no text could make the tables as small: all rows in the coarsest codec, or only the maps."""
+    sizes = fitting(layout.head_dim)
+    coarsest = min(sizes, key=lambda name: sizes[name])
+    plan = TablePlan((None,), (0,) * layout.columns) if drop_unseen else TablePlan.uniform(coarsest, layout)
+    _refuse(sum(plan.bytes(layout, n) for n in layout.layers), budget, drop_unseen)
+
+
+def _refuse(least: int, budget: int, drop_unseen: bool) -> None:
+    if least > budget:
+        raise SearchError(
+            f"the tables take at least {least:,} bytes, the budget is {budget:,}",
+            hint="raise --budget" if drop_unseen else "raise --budget, or allow --drop-unseen",
+        )
+
+
 def within_bytes(
     tables: Sequence[_Table], layout: Layout, budget: int, drop_unseen: bool
 ) -> dict[int, TablePlan]:
     """The best plans of at most `budget` bytes; SearchError where even the coarsest are larger."""
     low, high = _prices(tables)
-    coarsest = plans_for(tables, high, layout, drop_unseen)
-    if total_bytes(coarsest, layout) > budget:
-        raise SearchError(
-            f"the tables take at least {total_bytes(coarsest, layout):,} bytes, the budget is {budget:,}",
-            hint="raise --budget, or allow --drop-unseen",
-        )
+    _refuse(total_bytes(plans_for(tables, high, layout, drop_unseen), layout), budget, drop_unseen)
     if total_bytes(plans_for(tables, low, layout, drop_unseen), layout) <= budget:
         return plans_for(tables, low, layout, drop_unseen)
 
@@ -229,17 +254,20 @@ def _lost(table: _Table, plan: TablePlan, layout: Layout) -> float:
 
 def within_loss(
     tables: Sequence[_Table], layout: Layout, drop_unseen: bool, passes: Callable[[Mapping[int, TablePlan]], bool],
-    progress: Progress,
+    bound: str, progress: Progress,
 ) -> dict[int, TablePlan]:  # fmt: skip
-    """The smallest plans that `passes` says are good enough; SearchError where even the finest are not."""
+    """The smallest plans that `passes` says keep the bound; SearchError, which names it, where the finest do not."""
     low, high = _prices(tables)
     coarsest = plans_for(tables, high, layout, drop_unseen)
     if passes(coarsest):
         return coarsest
     best = plans_for(tables, low, layout, drop_unseen)
     if not passes(best):
+        rest = ", or leave --drop-unseen out" if drop_unseen else ""
         raise SearchError(
-            "even the finest codecs lose more than --max-loss on the calibration text", hint="raise --max-loss"
+            f"the finest codecs ({total_bytes(best, layout):,} bytes) are not surely within --max-loss {bound} "
+            "on the calibration text",
+            hint="raise --max-loss, give more --calibrate text" + rest,
         )
     with progress.task("search", _MEASURED_STEPS) as task:
         for _ in range(_MEASURED_STEPS):

@@ -28,6 +28,8 @@ Ints = NDArray[np.int64]
 Singles = NDArray[np.float32]
 Rows = Callable[[int, Ints], Singles]  # (layer, rows [B, T, C]) → memory [B, T, E]
 
+KEPT_BYTES = 512 << 20  # of states: 16,384 tokens twice, 4096 wide
+
 
 @dataclass(frozen=True)
 class Window:
@@ -47,28 +49,62 @@ class Measured:
     same_N: NDArray[np.bool_] | None = None
 
 
+class StateReadout(Readout):
+    """A Readout whose states are never logits: D wide, whatever the head is made of.
+
+    A head of more than one product (soft caps, scales) is the backbone's own: it runs on one token, whose state is
+    exchanged for those that logits are wanted of.
+    """
+
+    _product = False
+
+    def _look_at_the_head(self, ids_BT: Tensor) -> None:
+        super()._look_at_the_head(ids_BT)
+        self._product, self.plain_head = bool(self.plain_head), True
+
+    def logits(self, states_TD: Tensor) -> Tensor:
+        """float32 [T, V]."""
+        if self._product:
+            return super().logits(states_TD)
+
+        def exchange(_: Any, args: Any, output: Any) -> Any:
+            output.last_hidden_state = states_TD[None]
+            return output
+
+        backbone = self.engram.backbone
+        handle = backbone.base_model.register_forward_hook(exchange)
+        try:
+            logits: Tensor = backbone(torch.zeros((1, 1), dtype=torch.int64), use_cache=False).logits
+        finally:
+            handle.remove()
+        return logits[0].float()
+
+
 class Judge:
-    """The float model on fixed windows: what others are compared with. Its states are computed once and kept."""
+    """The float model on fixed windows: what others are compared with.
+
+    States are computed once and kept, up to KEPT_BYTES of them; those of further windows are computed again. Logits are
+    held for SLICE positions at a time.
+    """
 
     def __init__(self, model: EngramModel, rows: Rows, windows: Sequence[Window], progress: Progress) -> None:
         self.layout, self.windows, self.rows, self.progress = model.layout, list(windows), rows, progress
-        self.readout = Readout(model)
+        self.readout = StateReadout(model)
         self.document_N = np.concatenate([np.full(len(w.ids_T) - w.first, w.document) for w in self.windows])
-        self._base: list[Tensor] = []
-        self._others: dict[Readout, list[Tensor]] = {}  # the same of other backbones
-        self._float: list[Tensor] = []
+        self._others: dict[Readout, StateReadout] = {}
+        self._kept: dict[tuple[Readout, bool, int], Tensor] = {}  # by readout, with its float memory or not, window
+        self._room = KEPT_BYTES
         self._weight: list[dict[int, NDArray[np.float64]]] = []  # by window and layer: gate² [T], a mean over branches
         base_nats, float_nats = [], []
         tokens = sum(len(w.ids_T) for w in self.windows)
         with progress.task("float model", tokens, "tokens") as task, torch.inference_mode():
-            for window in self.windows:
+            for place, window in enumerate(self.windows):
                 ids = torch.from_numpy(window.ids_T[None])
                 watch: dict[int, Tensor] = {}
                 memory = self.memory(window, rows)
-                base_TD = self.readout.base(ids)
+                base_TD = self._base(self.readout, place)
                 float_TD = self.readout.states(ids, memory, base_TD, watch)
-                self._base.append(base_TD)
-                self._float.append(float_TD)
+                self._keep((self.readout, True, place), float_TD)
                 self._weight.append({n: _opening(model, n, watch[n], memory[n]) for n in self.layout.layers})
                 base_nats.append(nats(self.readout, base_TD, ids)[window.first - 1 :])
                 float_nats.append(nats(self.readout, float_TD, ids)[window.first - 1 :])
@@ -88,15 +124,18 @@ class Judge:
 
         Without `divergence` only the loss is computed, at half the cost.
         """
+        own = self.readout
+        if readout is not None:
+            own = self._others.setdefault(readout, StateReadout(readout.engram))
         lost, kl, same = [], [], []
         with self.progress.task(label, len(self.document_N), "tokens") as task, torch.inference_mode():
             for place, window in enumerate(self.windows):
                 ids = torch.from_numpy(window.ids_T[None])
-                own = readout or self.readout
-                base_TD = self._base[place] if readout is None else self._other(own, place, ids)
+                base_TD = self._base(own, place) if own.once or rows is None else None
                 states_TD = base_TD if rows is None else own.states(ids, self.memory(window, rows), base_TD)
+                assert states_TD is not None
                 if divergence:
-                    part = self._compare(own, states_TD, self._float[place], ids)
+                    part = self._compare(own, states_TD, self._float(place), ids)
                     lost.append(part[0][window.first - 1 :])
                     kl.append(part[1][window.first - 1 :])
                     same.append(part[2][window.first - 1 :])
@@ -107,12 +146,28 @@ class Judge:
             return Measured(_joined(lost))
         return Measured(_joined(lost), _joined(kl), torch.cat(same).numpy())
 
-    def _other(self, readout: Readout, place: int, ids_BT: Tensor) -> Tensor:
-        """States of another backbone alone, computed once: windows are asked for in their order."""
-        kept = self._others.setdefault(readout, [])
-        if len(kept) == place:
-            kept.append(readout.base(ids_BT))
-        return kept[place]
+    def _base(self, own: StateReadout, place: int) -> Tensor:
+        """States [T, D] of a window under a backbone alone; kept where every memory is added to them."""
+        found = self._kept.get((own, False, place))
+        if found is None:
+            found = own.base(torch.from_numpy(self.windows[place].ids_T[None]))
+            if own.once:
+                self._keep((own, False, place), found)
+        return found
+
+    def _float(self, place: int) -> Tensor:
+        """States [T, D] of a window under the float model."""
+        found = self._kept.get((self.readout, True, place))
+        if found is None:
+            window, base_TD = self.windows[place], self._base(self.readout, place) if self.readout.once else None
+            ids = torch.from_numpy(window.ids_T[None])
+            found = self.readout.states(ids, self.memory(window, self.rows), base_TD)
+        return found
+
+    def _keep(self, key: tuple[Readout, bool, int], states_TD: Tensor) -> None:
+        if states_TD.nbytes <= self._room:
+            self._kept[key] = states_TD
+            self._room -= states_TD.nbytes
 
     def _compare(self, own: Readout, states_TD: Tensor, float_TD: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Nats, KL(float || own) and agreement of the likeliest token, each [T - 1]."""
@@ -123,8 +178,8 @@ class Judge:
             float_TV = self.readout.logits(float_TD[part]).log_softmax(-1)
             same.append(own_TV.argmax(-1) == float_TV.argmax(-1))
             lost.append(-own_TV.gather(1, following[:, None])[:, 0])
-            difference_TV = float_TV - own_TV
-            kl.append((float_TV.exp_() * difference_TV).sum(-1))
+            difference_TV = own_TV.neg_().add_(float_TV)  # in place: a slice of logits is large
+            kl.append(float_TV.exp_().mul_(difference_TV).sum(-1))
         return torch.cat(lost), torch.cat(kl), torch.cat(same)
 
     def row_errors(self, rows: Rows) -> dict[int, float]:

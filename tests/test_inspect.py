@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engram import EngramError
-from engram.builders.checkpoint import MANIFEST, CheckpointError, open_checkpoint
+from engram.builders.checkpoint import MANIFEST, CheckpointError, open_checkpoint, write_table
 from engram.cli import inspect as shown
 from engram.kernels.codecs import CodecError, find_codec
 from engram.quantize.inspect import inspect
@@ -89,6 +89,18 @@ def test_a_stored_table_is_sampled_against_what_it_stores(made: Path, tmp_path: 
     found = row_report(tmp_path / "q", ["f32", "nf4"], 200)["layers"]["1"]
     assert found["stored_as"] == "nf4" and found["codecs"]["f32"]["rel_error"] == 0
     assert found["codecs"]["nf4"]["rel_error"] < 2e-3, "nf4 of nf4 changes the scales' rounding at most"
+
+
+def test_a_row_that_cannot_be_encoded_is_named_by_its_place_in_the_table(tmp_path: Path) -> None:
+    made = tiny.write_checkpoint(tmp_path, layers=(1,))
+    checkpoint = open_checkpoint(made)
+    bad = 500
+    rows = np.array(checkpoint.table(1))
+    rows[bad, 3] = np.inf
+    write_table(made / "tables" / "layer-01.safetensors", rows)
+    for codec in ("int8", "nf4"):
+        with pytest.raises(CodecError, match=f"layer 1: row {bad}, column 3 is inf"):
+            row_report(made, [codec], 4000)
 
 
 def test_a_sample_that_says_nothing_is_refused(made: Path) -> None:

@@ -28,6 +28,7 @@ from engram.runtime.plan_search import (
     _errors,
     _hull,
     _Table,
+    check_budget,
     plans_for,
     total_bytes,
     within_bytes,
@@ -164,10 +165,10 @@ def test_the_smallest_plan_that_passes_is_found() -> None:
 
     coarse, fine = cost({1: TablePlan.uniform("nf4", LAYOUT)}), cost({1: TablePlan.uniform("int8", LAYOUT)})
     for bound in (coarse, (coarse + fine) / 2, coarse / 50 + fine):
-        found = within_loss([one], LAYOUT, False, lambda plans: cost(plans) <= bound, Progress())
+        found = within_loss([one], LAYOUT, False, lambda plans: cost(plans) <= bound, "a bound", Progress())
         assert cost(found) <= bound
-    with pytest.raises(SearchError, match="even the finest"):
-        within_loss([one], LAYOUT, False, lambda plans: False, Progress())
+    with pytest.raises(SearchError, match=r"the finest codecs .* within --max-loss 0.5 nats"):
+        within_loss([one], LAYOUT, False, lambda plans: False, "0.5 nats", Progress())
 
 
 def test_only_codecs_that_are_best_at_some_price_are_left() -> None:
@@ -200,8 +201,57 @@ def test_a_table_keeps_the_codecs_with_which_it_costs_least(seed: int, unseen: b
 
 def test_a_codec_that_the_width_forbids_is_no_candidate() -> None:
     rows = np.random.default_rng(0).normal(size=(50, 30)).astype(np.float32)
-    names, sizes, errors = _errors(rows, 1, ("int8", "q4_0"))
+    names, sizes, errors = _errors(np.arange(50), rows, 1, ("int8", "q4_0"))
     assert names == ["int8"] and sizes[0] == 4096 / (4096 // 32) and 0 < errors[0] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("width", "fit"), [(2048, ["bf16", "int8", "h2"]), (2049, ["int8"]), (4096, ["h2"])]
+)
+def test_a_codec_whose_rows_do_not_fit_a_page_is_no_candidate(width: int, fit: list[str]) -> None:
+    rows = np.random.default_rng(0).normal(size=(3, width)).astype(np.float32)
+    names, sizes, _ = _errors(np.arange(3), rows, 1, ("bf16", "int8", "h2"))
+    assert names == fit and sizes.max() <= 4096
+    with pytest.raises(SearchError, match="rows of width 5000 fit a page of 4096 bytes in none of the codecs bf16"):
+        _errors(np.arange(3), np.ones((3, 5000), np.float32), 1, ("bf16",))
+
+
+def test_an_error_names_the_row_of_the_table() -> None:
+    rows = np.ones((4, 32), np.float32)
+    rows[2, 5] = np.nan
+    with pytest.raises(CodecError, match="layer 7: row 903, column 5 is nan"):
+        _errors(np.array([3, 80, 903, 1000]), rows, 7, ("int8", "h2"))
+
+
+def test_a_budget_that_no_text_can_meet_is_known_from_the_layout() -> None:
+    coarsest = min(TablePlan.uniform(c, LAYOUT).bytes(LAYOUT, 1) for c in ("int8", "nf4", "h4", "h2", "h1"))
+    check_budget(LAYOUT, coarsest, False)
+    with pytest.raises(SearchError, match=f"at least {coarsest:,} bytes, the budget is {coarsest - 1:,}") as found:
+        check_budget(LAYOUT, coarsest - 1, False)
+    assert "--drop-unseen" in found.value.hint
+    check_budget(LAYOUT, coarsest - 1, True)
+    with pytest.raises(SearchError, match="the budget is 1$") as found:
+        check_budget(LAYOUT, 1, True)
+    assert "--drop-unseen" not in found.value.hint
+    with pytest.raises(SearchError) as found:
+        within_bytes([replace(table(1, seen=200), codecs=("int8", "nf4", "h2"))], LAYOUT, 3000, True)
+    assert "--drop-unseen" not in found.value.hint
+
+
+def test_a_report_parts_the_bytes_of_a_table(tmp_path: Path) -> None:
+    plan = TablePlan(("int8", "nf4", None), (0, 1, 2, 1), {0: np.array([150, 200])})
+    told = plan.to_json(LAYOUT, 1)
+    assert [c["rows"] for c in told["classes"]] == plan.counts(LAYOUT, 1) and sum(plan.counts(LAYOUT, 1)) == ROWS
+    for entry in told["classes"]:
+        if entry["codec"] is None:
+            assert entry["bytes"] == 0
+        else:
+            rows = np.zeros((entry["rows"], 32), np.float32)
+            made = write_table(
+                tmp_path / entry["codec"], [rows], rows=len(rows), width=32, codec=find_codec(entry["codec"]), layer=1
+            )
+            assert entry["bytes"] == made.bytes
+    assert told["bytes"] == plan.bytes(LAYOUT, 1) > sum(c["bytes"] for c in told["classes"]), "the map takes bytes too"
 
 
 def test_unseen_rows_share_the_weight_of_first_times() -> None:

@@ -13,6 +13,7 @@ import torch
 from engram import Progress
 from engram.builders.checkpoint import Checkpoint, open_checkpoint
 from engram.builders.corpus import CorpusConfig
+from engram.builders.process_memory import resident_bytes
 from engram.quantize.package import ExportConfig, export_package, open_source
 from engram.quantize.plan import TablePlan
 from engram.quantize.tables import QuantizeConfig, quantize
@@ -20,6 +21,7 @@ from engram.runtime.engine import Model
 from engram.runtime.quality import Judge, Measured, Window, continuations, shuffled_rows, zero_rows
 from engram.runtime.quality_gate import Gate, QualityConfig, float_model
 from engram.runtime.quantize_config import Bound, QualityError
+from engram.runtime.readout import Readout
 from engram.runtime.row_sources import FloatTables, PlannedRows, StoredRows
 
 WORDS = "memory table rows disk read numbers model the of a has are from their by and is".split()
@@ -207,3 +209,78 @@ def test_a_checkpoint_of_another_layout_is_refused(made: Path, tmp_path: Path, h
     quantize(QuantizeConfig(other, tmp_path / "q4"))
     with pytest.raises(QualityError, match="has another layout"):
         Gate(made, QualityConfig(held_out, max_tokens=100), Progress())(tmp_path / "q4")
+
+
+@pytest.fixture(scope="module", params=[(3,), (1, 3)], ids=["final", "early"])
+def capped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A memory on a backbone whose logits are capped: its head is more than one product."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("capped")
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=16_384, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, final_logit_softcapping=2.0,
+        initializer_range=0.5, eos_token_id=0, bos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(folder / "backbone")
+    return tiny.write_checkpoint(folder, layers=request.param, backbone=folder / "backbone")
+
+
+def test_a_capped_head_is_judged_by_its_own_logits(capped: Path) -> None:
+    checkpoint = open_checkpoint(capped)
+    judge, rows = judged(checkpoint)
+    model, float_nats, zero_nats, kl = float_model(checkpoint), [], [], []
+    plain = Readout(model)
+    with torch.inference_mode():
+        plain.base(torch.arange(2, 20)[None])
+        for window in windows():
+            wanted = checkpoint.layout.rows(window.ids_T[None])
+            both = []
+            for source in (rows, zero_rows(rows)):
+                memory = {n: torch.from_numpy(source(n, wanted[n])) for n in checkpoint.layout.layers}
+                logits = model(torch.from_numpy(window.ids_T[None]), memory)[0, window.first - 1 : -1]
+                assert logits.abs().max() <= 2 and logits.abs().quantile(0.9) > 1, "the cap shapes them"
+                both.append(logits.double().log_softmax(-1))
+            following = torch.from_numpy(window.ids_T[window.first :])[:, None]
+            float_nats.append(-both[0].gather(1, following)[:, 0])
+            zero_nats.append(-both[1].gather(1, following)[:, 0])
+            kl.append((both[0].exp() * (both[0] - both[1])).sum(-1))
+    assert plain.plain_head is False
+    assert np.allclose(judge.float.nats_N, torch.cat(float_nats).numpy(), atol=2e-5)
+    measured = judge.measure(zero_rows(rows), plain)
+    assert np.allclose(measured.nats_N, torch.cat(zero_nats).numpy(), atol=2e-5)
+    assert measured.kl_N is not None and np.allclose(measured.kl_N, torch.cat(kl).numpy(), atol=2e-6)
+    assert measured.kl_N.mean() > 1e-4
+    assert np.allclose(judge.measure(None).nats_N, judge.base.nats_N, atol=1e-5)
+
+
+def test_states_that_are_not_kept_are_computed_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(made)
+    other = Readout(float_model(checkpoint))
+    figures = []
+    for room in (1 << 20, 3 * 4 * 32 * 31, 0):
+        monkeypatch.setattr("engram.runtime.quality.KEPT_BYTES", room)
+        judge, rows = judged(checkpoint)
+        for own in (None, other):
+            found = [judge.measure(zero_rows(rows), own), judge.measure(None, own), judge.measure(rows, own)]
+        kept = sum(states.nbytes for states in judge._kept.values())
+        assert kept <= room and bool(kept) == bool(room)
+        figures.append([(one.nats_N, one.kl_N, one.same_N) for one in found])
+    for other_room in figures[1:]:
+        for one, same in zip(figures[0], other_room, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(one, same, strict=True))
+
+
+def test_logits_of_a_whole_text_are_never_held(capped: Path) -> None:
+    """1,024 tokens of a vocabulary of 16,384: their logits take 67 MB, twice that to compare."""
+    checkpoint, generator = open_checkpoint(capped), np.random.default_rng(0)
+    model, rows = float_model(checkpoint), FloatTables(checkpoint)
+    texts = [Window(i, generator.integers(2, 290, size=32)) for i in range(32)]
+    short = Judge(model, rows, texts[:2], Progress())
+    short.measure(zero_rows(rows))
+    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+    before = resident_bytes()["rss_bytes"]
+    judge = Judge(model, rows, texts, Progress())
+    judge.measure(zero_rows(rows))
+    assert resident_bytes()["peak_rss_bytes"] - before < 48 << 20

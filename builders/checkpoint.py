@@ -137,14 +137,19 @@ def read_manifest(folder: Path, versions: Mapping[str, int]) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except OSError:
+        if not folder.exists():
+            raise CheckpointError(f"{folder} does not exist") from None
         raise CheckpointError(
             f"{folder} holds no {MANIFEST}", hint="is this an engram checkpoint or package?"
         ) from None
-    except ValueError as wrong:
+    except (ValueError, RecursionError) as wrong:
         raise CheckpointError(f"{folder / MANIFEST} is not JSON: {wrong}") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if not isinstance(found, str) or found not in versions:
-        raise CheckpointError(f"{folder / MANIFEST} has format {found!r}, expected {' or '.join(map(repr, versions))}")
+        raise CheckpointError(
+            f"{folder / MANIFEST} has format {found!r}, expected {' or '.join(map(repr, versions))}",
+            hint="this needs the float checkpoint that it was made of" if list(versions) == [FORMAT] else "",
+        )
     if manifest.get("version") != versions[found]:
         raise CheckpointError(
             f"{folder / MANIFEST} has version {manifest.get('version')!r}, this release reads {versions[found]}",

@@ -34,7 +34,7 @@ def inspect(
         backbone_words(result["backbone"]),
     ]
     if "plans" in result:
-        words += plan_words(result["plans"])
+        words.append(plan_words(result["plans"]))
     if "quality" in result:
         words.append(quality_words(result["quality"]))
     print(ui.printable("\n".join(words)))
@@ -48,24 +48,29 @@ def backbone_words(backbone: dict[str, Any]) -> str:
     return f"backbone: {stored}{size}, {place}"
 
 
-def plan_words(plans: dict[str, Any]) -> list[str]:
-    """What was traded: a line for each class of rows."""
-    lines = []
-    for layer, plan in (plans.get("layers") or {}).items():
-        classes = (plan or {}).get("classes") or []
-        rows, look_ups = (sum(part.get(name) or 0 for part in classes if part) for name in ("rows", "look_ups"))
-        for part in filter(None, classes):
-            words = []
-            if part.get("rows") is not None:
-                words.append(f"{part['rows']:,} rows" + (f" ({_share(part['rows'] / rows)})" if rows else ""))
-            if part.get("bytes") is not None:
-                words.append(show_bytes(part["bytes"]))
-            if part.get("look_ups") is not None and look_ups:
-                words.append(f"{_share(part['look_ups'] / look_ups)} of look-ups")
-            lines.append(f"  layer {layer}, {part.get('codec') or 'dropped'}: {', '.join(words) or '-'}")
-        if (plan or {}).get("first_time") is not None:
-            lines.append(f"  layer {layer}: {_share(plan['first_time'])} of look-ups read a row for the first time")
-    return ["rows by codec, as the calibration text reads them:", *lines] if lines else []
+def plan_words(plans: dict[str, Any]) -> str:
+    """What a calibration text chose: a line for each class of rows, and what that cost on documents not counted."""
+    lines = ["rows by codec, as the calibration text reads them:"]
+    for layer, plan in (_at(plans, "layers") or {}).items():
+        classes = [part for part in _at(plan, "classes") or [] if part]
+        rows = sum(part.get("rows") or 0 for part in classes)
+        for part in classes:
+            share = part["rows"] / rows if rows and part.get("rows") is not None else None
+            size = "-" if part.get("bytes") is None else show_bytes(part["bytes"])
+            rows_of = f"{_show(part, ',', 'rows')} rows ({_share(share)})"
+            look_ups = f"{_share(part.get('look_up_share'))} of look-ups"
+            lines.append(f"  layer {layer}, {part.get('codec') or 'dropped'}: {rows_of}, {size}, {look_ups}")
+        if (first := _at(plan, "first_time_share")) is not None:
+            lines.append(f"  layer {layer}: of new text about {_share(first)} of look-ups find a row not yet read")
+    if held := _at(plans, "held_out"):
+        ends = [_show(held, "+.6f", "ci95", end) for end in (0, 1)]
+        lines.append(
+            f"  on {_show(held, ',', 'tokens')} tokens of {_show(held, ',', 'documents')} documents that were not "
+            f"counted the loss changes by {_show(held, '+.6f', 'change')} nats (95 % {ends[0]} to {ends[1]})"
+        )
+    if tried := _at(plans, "tried"):
+        lines.append(f"  {len(tried)} plans were tried")
+    return "\n".join(lines)
 
 
 def quality_words(quality: dict[str, Any]) -> str:
@@ -93,6 +98,8 @@ def quality_words(quality: dict[str, Any]) -> str:
         lines.append(
             f"  of it {part}: loss {_show(figures, '+.6f', 'change', 'nll')}, KL {_show(figures, '.3g', 'kl', 'mean')}"
         )
+    if shared := _at(quality, "documents_in_calibration"):
+        lines.append(f"  {shared:,} of its documents are in the calibration text too: not unseen")
     if (bound := _at(quality, "max_loss")) is not None:
         verdict = "passed" if quality.get("passed") else "NOT PASSED"
         lines.append(

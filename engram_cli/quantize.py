@@ -9,7 +9,7 @@ import typer
 
 from engram import EngramError
 from engram.cli import options, progress, ui
-from engram.cli.inspect import quality_words
+from engram.cli.inspect import plan_words, quality_words
 from engram.cli.sizes import parse_count, parse_size, show_bytes
 
 MOST_SAMPLED = 10_000_000
@@ -144,7 +144,7 @@ def quantize(
     else:
         _table(result["tables"])
         if "plans" in result:
-            _traded(result)
+            print(plan_words({**result, "layers": result["plans"]}))
         if result["backbone"] != "unchanged":
             part = result["backbone"]
             before = f"{show_bytes(part['bytes_before'])} to " if part["bytes_before"] else ""
@@ -194,32 +194,11 @@ def _table(tables: dict[str, Any]) -> None:
     ui.table("", ["layer", "codec", "before", "after", "bits a value", "relative error"], rows)
 
 
-def _traded(result: dict[str, Any]) -> None:
-    """What a calibration text chose, and what it puts at risk."""
-    rows = [
-        [layer, part["codec"] or "dropped", f"{part['rows']:,}", show_bytes(part["bytes"]),
-         f"{part['look_up_share']:.2%}"]
-        for layer, plan in result["plans"].items() for part in plan["classes"]
-    ]  # fmt: skip
-    ui.table("", ["layer", "codec", "rows", "size", "of the text's look-ups"], rows)
-    for layer, plan in result["plans"].items():
-        print(
-            f"layer {layer}: the text read {plan['seen_rows']:,} rows ({plan['seen_share']:.1%}); of new text about "
-            f"{plan['first_time_share']:.1%} of the look-ups will find a row that it did not read"
-        )
-    if result.get("tried"):
-        print(f"{len(result['tried'])} plans were tried on calibration text that was not counted")
-    if (held := result["held_out"]) is not None:
-        low, high = held["ci95"]
-        print(
-            f"on {held['tokens']:,} such tokens the loss changes by {held['change']:+.6f} nats (95 % {low:+.6f} to "
-            f"{high:+.6f})"
-        )
-
-
 def _sampled(source: Path, tables: str, count: int, seed: int, json: bool) -> None:
     from engram.quantize.row_report import row_report
 
+    if tables == "auto":
+        raise UsageError("--sample compares codecs by name, auto is none", hint="for example --tables int8,nf4,h2")
     if count > MOST_SAMPLED:
         raise UsageError(f"--sample {count:,} is more than {MOST_SAMPLED:,} rows", hint="1M rows are plenty")
     result = row_report(source, tables.split(","), count, seed=seed, progress=progress.on_screen())

@@ -247,10 +247,18 @@ _FIGURES = {
     "kl": {"mean": _Field.number, "p99": _Field.number},
 }  # fmt: skip
 _QUALITY = _FIGURES | {
-    "tokens": _Field.count, "documents": _Field.count, "passed": _Field.truth, "loss": {"*": _Field.number},
+    "tokens": _Field.count, "documents": _Field.count, "documents_in_calibration": _Field.count,
+    "passed": _Field.truth, "loss": {"*": _Field.number},
     "row_error": {"*": _Field.number}, "parts": {"*": _FIGURES},
     "max_loss": {"asked": _Field.text, "nats": _Field.number},
     "continuations": _FIGURES | {"texts": _Field.count, "loss": _Field.number},
 }  # fmt: skip
-_CLASS = {"codec": _Field.text, "rows": _Field.count, "bytes": _Field.count, "look_ups": _Field.number}
-_PLANS = {"layers": {"*": {"classes": [_CLASS], "first_time": _Field.number}}}
+_CLASS = {
+    "codec": _Field.text, "rows": _Field.count, "bytes": _Field.count, "look_up_share": _Field.number,
+    "held_out_share": _Field.number,
+}  # fmt: skip
+_PLANS = {
+    "layers": {"*": {"classes": [_CLASS], "first_time_share": _Field.number}},
+    "held_out": {"change": _Field.number, "ci95": _Field.interval, "tokens": _Field.count, "documents": _Field.count},
+    "tried": [{"table_bytes": _Field.count}],
+}  # fmt: skip

@@ -114,7 +114,7 @@ def export_package(config: ExportConfig, progress: Progress | None = None) -> di
     progress = progress or Progress()
     check_target(config.source, config.out, force=config.force, error=PackageError)
     with open_source(config.source) as (manifest, layout, layers):
-        if not manifest.get("quality", manifest.get("origin", {}).get("quality", {})).get("passed", True):
+        if _refused(manifest) or _refused(manifest.get("origin")):
             raise PackageError(
                 f"{config.source} did not pass its quality gate",
                 hint="see engram inspect; quantize with finer codecs or a larger --max-loss",
@@ -153,6 +153,12 @@ def export_package(config: ExportConfig, progress: Progress | None = None) -> di
         "tables": {n: {"codec": t["codec"], "rows": t["rows"], "bytes": entry_bytes(t)} for n, t in written.items()},
         "backbone": backbone.kind, "seconds": time.monotonic() - begin,
     }  # fmt: skip
+
+
+def _refused(manifest: Any) -> bool:
+    """Whether the quality gate's report in a manifest, or in a package's `origin`, says that it did not pass."""
+    quality = manifest.get("quality") if isinstance(manifest, dict) else None
+    return isinstance(quality, dict) and quality.get("passed", True) is not True
 
 
 @contextmanager

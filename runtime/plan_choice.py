@@ -49,8 +49,8 @@ def overlap(hashes_a: Hashes, hashes_b: Hashes) -> int:
     return len(np.intersect1d(hashes_a, hashes_b))
 
 
-def choose_plans(config: QuantizeRun, progress: Progress) -> tuple[Plans, dict[str, Any]]:
-    """Plans by what the calibration text shows, and what was traded, as JSON:
+def choose_plans(config: QuantizeRun, progress: Progress) -> Choice:
+    """Plans by what the calibration text shows, what was traded, as JSON, and the hashes of its documents:
 
         plans         by layer:
           classes       [{codec (None: not stored, reads as zeros), rows, bytes,
@@ -73,12 +73,6 @@ def choose_plans(config: QuantizeRun, progress: Progress) -> tuple[Plans, dict[s
     Raises what checkpoint and corpus raise, CalibrateError for a text that reads no row or has too few documents for a
     search, SearchError for a bound that cannot be met.
     """
-    choice = choose_codecs(config, progress)
-    return choice.plans, choice.traded
-
-
-def choose_codecs(config: QuantizeRun, progress: Progress) -> Choice:
-    """`choose_plans`, with what tells whether another text shares documents with the calibration text."""
     assert config.calibrate is not None
     checkpoint = open_checkpoint(config.checkpoint)
     layout = checkpoint.layout

@@ -111,6 +111,7 @@ class Gate:
 
     def __init__(self, checkpoint_folder: Path, config: QualityConfig, progress: Progress) -> None:
         self.checkpoint, self.config, self.progress = open_checkpoint(checkpoint_folder), config, progress
+        self.shared = 0  # documents that the calibration text holds too, as the caller knows
         with progress.task("open the float model"):
             self.model = float_model(self.checkpoint)
         self.windows, self.hashes = read_windows(self.checkpoint, config, context_of(self.model), progress)
@@ -150,7 +151,8 @@ class Gate:
                 with progress.task("open the quantized backbone"):
                     other = Readout(float_model(self.checkpoint, reference, quantized))
             report = _figures(judge, written, stored, other, config)
-        return report | {"documents_sha256": hashlib.sha256(self.hashes.tobytes()).hexdigest()}
+        digest = hashlib.sha256(self.hashes.tobytes()).hexdigest()
+        return report | {"documents_sha256": digest, "documents_in_calibration": self.shared}
 
 
 def _figures(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engram import EngramError
 from engram.builders.corpus import CorpusConfig
-from engram.kernels.codecs import find_codec
+from engram.kernels.codecs import find_codec, written_codecs
 from engram.quantize.tables import QuantizeError
 
 AUTO = "auto"
@@ -98,22 +98,23 @@ class QuantizeRun:
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, before anything is read."""
-        if self.tables != AUTO:
-            find_codec(self.tables)
-        for codec in (self.frequent[0] if self.frequent else None, self.unseen):
-            if codec is not None:
-                find_codec(codec)
+        for codec in (self.tables, self.frequent[0] if self.frequent else None, self.unseen):
+            if codec not in (None, AUTO) and find_codec(codec).name not in written_codecs():
+                raise QuantizeError(
+                    f"codec {codec!r} is only read: its factor belongs to one published table",
+                    hint="use one of: " + ", ".join(written_codecs()),
+                )
         wants_text = self.tables == AUTO or self.frequent or self.unseen or self.drop_unseen
+        bare = self.tables == AUTO and self.budget is None and self.max_loss is None
         rules = [
             (wants_text and self.calibrate is None, "how often rows are read is known only from a text",
-             "give --calibrate TEXT"),
+             "give --calibrate TEXT" + (" and --budget 2GB or --max-loss 0.5%" if bare else "")),
             (self.calibrate is not None and not wants_text, "--calibrate is given, but nothing uses it",
              "add --tables auto, --frequent, --unseen or --drop-unseen"),
             (self.unseen is not None and self.drop_unseen, "--unseen and --drop-unseen contradict one another", ""),
             (self.tables == AUTO and (self.frequent or self.unseen), "--tables auto chooses codecs for all rows itself",
              "leave --frequent and --unseen out"),
-            (self.tables == AUTO and self.budget is None and self.max_loss is None, "--tables auto needs a bound",
-             "give --budget 2GB or --max-loss 0.5%"),
+            (bare, "--tables auto needs a bound", "give --budget 2GB or --max-loss 0.5%"),
             (self.tables != AUTO and self.budget is not None, "--budget is for --tables auto", ""),
             (self.max_loss is not None and self.gate is None and (self.tables != AUTO or self.budget is not None),
              "--max-loss needs a text to measure the loss on", "give --gate TEXT"),

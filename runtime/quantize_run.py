@@ -43,9 +43,16 @@ def quantize_run(config: QuantizeRun, progress: Progress | None = None) -> dict[
     traded: dict[str, Any] = {}
     plans = None
     if config.calibrate is not None:
-        from engram.runtime.plan_choice import choose_plans  # with torch: only where a model runs
+        from engram.runtime.plan_choice import choose_plans, overlap  # with torch: only where a model runs
 
-        plans, traded = choose_plans(config, seen)
+        choice = choose_plans(config, seen)
+        plans, traded = choice.plans, choice.traded
+        if gate is not None and (shared := overlap(gate.hashes, choice.hashes)):
+            seen.say(
+                f"{shared} of the gate's {len(gate.hashes)} documents are in the calibration text too: what they say "
+                "of unseen text is too good"
+            )
+            gate.shared = shared
     codec = "mixed" if config.tables == AUTO else config.tables
     if wish is not None and backbone is not None and isinstance(wish.importance, CorpusConfig):
         backbone = _weighed(config, wish.importance, backbone, wish.importance_tokens, seen)

@@ -117,9 +117,14 @@ FULL = PART | {
     "gain_kept": {"share": 0.97, "ci95": [0.95, 0.99]}, "parts": {"tables": PART}, "max_loss": {"asked": "0.1%",
     "nats": 0.003}, "continuations": PART | {"texts": 16, "tokens": 768, "loss": 3.0},
 }  # fmt: skip
-PLANS = {"layers": {"1": {"first_time": 0.25, "classes": [
-    {"codec": "nf4", "rows": 30, "bytes": 180, "look_ups": 30}, {"codec": None, "rows": 10, "bytes": 0, "look_ups": 10},
-]}}}  # fmt: skip
+PLANS = {
+    "layers": {"1": {"first_time_share": 0.25, "classes": [
+        {"codec": "nf4", "rows": 30, "bytes": 180, "look_up_share": 0.75},
+        {"codec": None, "rows": 10, "bytes": 0, "look_up_share": 0.25},
+    ]}},
+    "held_out": {"change": 0.5, "ci95": [0.25, 0.75], "tokens": 99, "documents": 9},
+    "tried": [{"table_bytes": 180}] * 3,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +260,9 @@ def test_the_words_tell_of_verdict_backbone_and_classes(made: Path, rich: dict[s
         assert "backbone: int8, computed in float32" in words
         assert "layer 1, nf4: 30 rows (75.00 %), 180 B, 75.00 % of look-ups" in words
         assert "layer 1, dropped: 10 rows (25.00 %), 0 B, 25.00 % of look-ups" in words
-        assert "layer 1: 25.00 % of look-ups read a row for the first time" in words
+        assert "layer 1: of new text about 25.00 % of look-ups find a row not yet read" in words
+        assert "on 99 tokens of 9 documents that were not counted the loss changes by +0.500000 nats" in words
+        assert "3 plans were tried" in words
         assert "NOT PASSED: the loss grows by at most 0.002000 nats" in words
 
 

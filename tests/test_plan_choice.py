@@ -17,7 +17,7 @@ from engram.builders.corpus import CorpusConfig
 from engram.builders.token_cache import TokenCache
 from engram.quantize.package import open_source
 from engram.runtime.calibrate import CalibrateError
-from engram.runtime.plan_choice import Choice, choose_codecs, choose_plans, held_out, overlap
+from engram.runtime.plan_choice import Choice, choose_plans, held_out, overlap
 from engram.runtime.plan_search import SearchError
 from engram.runtime.quality_gate import float_model
 from engram.runtime.quantize_config import Bound, QuantizeRun
@@ -56,7 +56,7 @@ def text(folder: Path, count: int, words: int = 60, seed: int = 0) -> CorpusConf
 
 
 def chosen(made: Path, data: CorpusConfig, tables: str, **options: Any) -> Choice:
-    return choose_codecs(QuantizeRun(made, made / "none", tables, data, **options), Progress())
+    return choose_plans(QuantizeRun(made, made / "none", tables, data, **options), Progress())
 
 
 def tokens_of(made: Path, data: CorpusConfig) -> TokenCache:
@@ -168,7 +168,7 @@ def test_too_few_documents_are_named(made: Path, tmp_path: Path) -> None:
     assert chosen(made, text(tmp_path, 6), "auto", max_loss=Bound(5.0)).traded["held_out"]["documents"] == 2
     heard = Heard()
     config = QuantizeRun(made, tmp_path / "none", "nf4", text(tmp_path, 1), drop_unseen=True)
-    told = choose_plans(config, heard)[1]
+    told = choose_plans(config, heard).traded
     assert told["held_out"] is None and told["calibration"]["counted_documents"] == 1
     assert told["plans"]["1"]["classes"][0]["held_out_share"] is None
     assert any("too few documents to hold some out" in said for said in heard.said)

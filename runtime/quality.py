@@ -28,7 +28,7 @@ Ints = NDArray[np.int64]
 Singles = NDArray[np.float32]
 Rows = Callable[[int, Ints], Singles]  # (layer, rows [B, T, C]) → memory [B, T, E]
 
-KEPT_BYTES = 512 << 20  # of states: 16,384 tokens twice, 4096 wide
+KEPT_BYTES = 256 << 20  # of states: 16,384 tokens, 4096 wide
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ class Judge:
                 memory = self.memory(window, rows)
                 base_TD = self._base(self.readout, place)
                 float_TD = self.readout.states(ids, memory, base_TD, watch)
-                self._keep((self.readout, True, place), float_TD)
+                if not self.readout.once:  # else it is base and gate: little work
+                    self._keep((self.readout, True, place), float_TD)
                 self._weight.append({n: _opening(model, n, watch[n], memory[n]) for n in self.layout.layers})
                 base_nats.append(nats(self.readout, base_TD, ids)[window.first - 1 :])
                 float_nats.append(nats(self.readout, float_TD, ids)[window.first - 1 :])

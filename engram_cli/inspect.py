@@ -59,6 +59,8 @@ def plan_words(plans: dict[str, Any]) -> str:
             size = "-" if part.get("bytes") is None else show_bytes(part["bytes"])
             rows_of = f"{_show(part, ',', 'rows')} rows ({_share(share)})"
             look_ups = f"{_share(part.get('look_up_share'))} of look-ups"
+            if part.get("held_out_share") is not None:
+                look_ups += f" ({_share(part['held_out_share'])} of those not counted)"
             lines.append(f"  layer {layer}, {part.get('codec') or 'dropped'}: {rows_of}, {size}, {look_ups}")
         if (first := _at(plan, "first_time_share")) is not None:
             lines.append(f"  layer {layer}: of new text about {_share(first)} of look-ups find a row not yet read")

@@ -49,37 +49,6 @@ class Measured:
     same_N: NDArray[np.bool_] | None = None
 
 
-class StateReadout(Readout):
-    """A Readout whose states are never logits: D wide, whatever the head is made of.
-
-    A head of more than one product (soft caps, scales) is the backbone's own: it runs on one token, whose state is
-    exchanged for those that logits are wanted of.
-    """
-
-    _product = False
-
-    def _look_at_the_head(self, ids_BT: Tensor) -> None:
-        super()._look_at_the_head(ids_BT)
-        self._product, self.plain_head = bool(self.plain_head), True
-
-    def logits(self, states_TD: Tensor) -> Tensor:
-        """float32 [T, V]."""
-        if self._product:
-            return super().logits(states_TD)
-
-        def exchange(_: Any, args: Any, output: Any) -> Any:
-            output.last_hidden_state = states_TD[None]
-            return output
-
-        backbone = self.engram.backbone
-        handle = backbone.base_model.register_forward_hook(exchange)
-        try:
-            logits: Tensor = backbone(torch.zeros((1, 1), dtype=torch.int64), use_cache=False).logits
-        finally:
-            handle.remove()
-        return logits[0].float()
-
-
 class Judge:
     """The float model on fixed windows: what others are compared with.
 
@@ -89,9 +58,8 @@ class Judge:
 
     def __init__(self, model: EngramModel, rows: Rows, windows: Sequence[Window], progress: Progress) -> None:
         self.layout, self.windows, self.rows, self.progress = model.layout, list(windows), rows, progress
-        self.readout = StateReadout(model)
+        self.readout = Readout(model)
         self.document_N = np.concatenate([np.full(len(w.ids_T) - w.first, w.document) for w in self.windows])
-        self._others: dict[Readout, StateReadout] = {}
         self._kept: dict[tuple[Readout, bool, int], Tensor] = {}  # by readout, with its float memory or not, window
         self._room = KEPT_BYTES
         self._weight: list[dict[int, NDArray[np.float64]]] = []  # by window and layer: gate² [T], a mean over branches
@@ -125,9 +93,7 @@ class Judge:
 
         Without `divergence` only the loss is computed, at half the cost.
         """
-        own = self.readout
-        if readout is not None:
-            own = self._others.setdefault(readout, StateReadout(readout.engram))
+        own = readout or self.readout
         lost, kl, same = [], [], []
         with self.progress.task(label, len(self.document_N), "tokens") as task, torch.inference_mode():
             for place, window in enumerate(self.windows):
@@ -147,7 +113,7 @@ class Judge:
             return Measured(_joined(lost))
         return Measured(_joined(lost), _joined(kl), torch.cat(same).numpy())
 
-    def _base(self, own: StateReadout, place: int) -> Tensor:
+    def _base(self, own: Readout, place: int) -> Tensor:
         """States [T, D] of a window under a backbone alone; kept where every memory is added to them."""
         found = self._kept.get((own, False, place))
         if found is None:

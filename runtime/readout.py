@@ -8,6 +8,7 @@ Shape letters: B windows (one), T positions, D hidden width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,28 +16,25 @@ from torch import Tensor
 from engram.builders.model import EngramModel
 
 SLICE = 128  # positions whose logits are held at a time: 128 x 262,144 x 4 bytes = 134 MB
+_LOOKED_AT = 16  # positions whose logits show what a head is
 _SAME_LOGITS = 1e-3  # of the largest logit: bfloat16 heads round so
 
 
 class Readout:
     """An EngramModel, cut before its unembedding. Call everything inside `torch.inference_mode()`.
 
-    Where the head is more than one product (soft caps, scales), `states` are the logits themselves: the long way.
+    A head of more than one product (soft caps, scales) is the backbone's own: it runs on one token, whose state is
+    exchanged for those that logits are wanted of.
     """
 
     def __init__(self, engram: EngramModel) -> None:
         self.engram = engram
         self.once = set(engram.layout.layers) == {len(engram.blocks)}
-        self.plain_head: bool | None = None  # found out at the first window
+        self.plain_head: bool | None = None  # found out when the first logits are asked for
 
     def base(self, ids_BT: Tensor) -> Tensor:
         """States of the backbone alone: [T, D]."""
-        if self.plain_head is None:
-            self._look_at_the_head(ids_BT)
-        if self.plain_head:
-            return self.engram.states(ids_BT, None)[0]
-        logits: Tensor = self.engram.backbone(ids_BT, use_cache=False).logits
-        return logits[0]
+        return self.engram.states(ids_BT, None)[0]
 
     def states(
         self, ids_BT: Tensor, memory: Mapping[int, Tensor], base_TD: Tensor | None = None,
@@ -46,35 +44,43 @@ class Readout:
 
         `watch` takes the residual stream [1, T, D] as each layer's gate finds it.
         """
-        if self.plain_head is None:
-            self._look_at_the_head(ids_BT)
-        if self.once and self.plain_head:
-            layer = len(self.engram.blocks)
-            state_BTD = (self.base(ids_BT) if base_TD is None else base_TD)[None]
-            if watch is not None:
-                watch[layer] = state_BTD
-            added_BTD, _ = self.engram.gate(layer)(state_BTD, memory[layer])
-            out: Tensor = state_BTD + added_BTD
-        elif self.plain_head:
-            out = self.engram.states(ids_BT, memory, watch)
-        else:
-            if watch is not None:
-                self.engram.states(ids_BT, memory, watch)
-            out = self.engram(ids_BT, memory)
+        if not self.once:
+            return self.engram.states(ids_BT, memory, watch)[0]
+        layer = len(self.engram.blocks)
+        state_BTD = (self.base(ids_BT) if base_TD is None else base_TD)[None]
+        if watch is not None:
+            watch[layer] = state_BTD
+        added_BTD, _ = self.engram.gate(layer)(state_BTD, memory[layer])
+        out: Tensor = state_BTD + added_BTD
         return out[0]
 
     def logits(self, states_TD: Tensor) -> Tensor:
         """float32 [T, V]."""
-        if not self.plain_head:
-            return states_TD.float()
-        logits: Tensor = self.engram.backbone.get_output_embeddings()(states_TD)
-        return logits.float()
+        if self.plain_head is None:
+            self.plain_head = self._is_one_product()
+        logits: Tensor
+        if self.plain_head:
+            logits = self.engram.backbone.get_output_embeddings()(states_TD)
+            return logits.float()
 
-    def _look_at_the_head(self, ids_BT: Tensor) -> None:
-        short = ids_BT[:, : SLICE // 2]
-        whole = self.engram.backbone(short, use_cache=False).logits
-        product = self.engram.backbone.get_output_embeddings()(self.engram.states(short, None))
-        self.plain_head = float((whole - product).abs().max()) <= _SAME_LOGITS * float(whole.abs().max())
+        def exchange(_: Any, args: Any, output: Any) -> Any:
+            output.last_hidden_state = states_TD[None]
+            return output
+
+        backbone = self.engram.backbone
+        handle = backbone.base_model.register_forward_hook(exchange)
+        try:
+            logits = backbone(torch.zeros((1, 1), dtype=torch.int64), use_cache=False).logits
+        finally:
+            handle.remove()
+        return logits[0].float()
+
+    def _is_one_product(self) -> bool:
+        """Whether the backbone's logits are its states times the output embedding, on a few tokens."""
+        some = torch.arange(min(_LOOKED_AT, self.engram.layout.vocab_size))[None]
+        whole = self.engram.backbone(some, use_cache=False).logits
+        product = self.engram.backbone.get_output_embeddings()(self.engram.states(some, None))
+        return float((whole - product).abs().max()) <= _SAME_LOGITS * float(whole.abs().max())
 
 
 def slices(positions: int) -> Iterator[slice]:

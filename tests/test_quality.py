@@ -233,7 +233,7 @@ def test_a_capped_head_is_judged_by_its_own_logits(capped: Path) -> None:
     model, float_nats, zero_nats, kl = float_model(checkpoint), [], [], []
     plain = Readout(model)
     with torch.inference_mode():
-        plain.base(torch.arange(2, 20)[None])
+        plain.logits(plain.base(torch.arange(2, 20)[None]))
         for window in windows():
             wanted = checkpoint.layout.rows(window.ids_T[None])
             both = []

@@ -154,6 +154,11 @@ def _is_matrix(path: Path) -> bool:
         return False
 
 
+def importance_texts(path: Path) -> list[str]:
+    """The texts that a matrix says it was made of. Raises GgufHeaderError for a file that is no GGUF."""
+    return [str(text) for text in read_metadata(path).get("imatrix.datasets", [])]
+
+
 def read_importance(path: Path) -> Importance:
     """Read an imatrix GGUF, ours or llama.cpp's. Raises ImportanceError for a damaged, empty or non-finite one."""
     from gguf import GGUFReader

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engram import Progress
+from engram.builders.atomic import MARK
 from engram.builders.backbone import BackboneRef
 from engram.builders.checkpoint import open_checkpoint
 from engram.builders.corpus import CorpusConfig, files
@@ -89,11 +90,17 @@ def _weighed(
 ) -> BackboneConfig:
     """The same with an importance matrix of the text, made now and kept beside `out`.
 
-    Raises ImportanceError where that file exists without `force`.
+    A run that goes on uses the matrix that it began with. Raises ImportanceError where the file exists otherwise,
+    without `force`.
     """
+    from engram.quantize.backbone_imatrix import importance_texts
     from engram.runtime.importance import collect_importance
 
     target, gguf = config.out.with_name(config.out.name + ".imatrix.gguf"), backbone.source.place(config.checkpoint)
     assert gguf is not None, "check_backbone finds a file for GGUF types"
+    unfinished = config.out.with_name(config.out.name + ".partial") / MARK
+    if target.is_file() and unfinished.is_file() and importance_texts(target) == list(text.sources):
+        progress.say(f"importance matrix: {target}, from the run that is gone on with")
+        return replace(backbone, importance=target)
     collect_importance(config.checkpoint, gguf, text, tokens, target, progress, force=config.force)
     return replace(backbone, importance=target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from float_tables import Recorder
 from gguf_llama import write_gguf
 
 from engram import EngramError
+from engram.builders.atomic import MARK
 from engram.builders.backbone import BackboneError
 from engram.builders.checkpoint import open_checkpoint
 from engram.builders.corpus import CorpusConfig, CorpusError
@@ -318,3 +320,10 @@ def test_a_gguf_backbone_is_weighed_by_a_text(
     assert command(*words, "--out", tmp_path / "again", "--importance", kept)[0] == 0
     same = [(tmp_path / name / "backbone" / "model.gguf").read_bytes() for name in ("small", "again")]
     assert same[0] == same[1], "the kept matrix makes the same backbone"
+    again = (*words, "--out", tmp_path / "small", "--importance", tmp_path / "calibrate.jsonl")
+    shutil.rmtree(tmp_path / "small")
+    assert command(*again)[0] == 1 and "small.imatrix.gguf exists" in capsys.readouterr().err
+    (tmp_path / "small.partial").mkdir()
+    (tmp_path / "small.partial" / MARK).write_text("{}")
+    assert command(*again)[0] == 0 and "from the run that is gone on with" in capsys.readouterr().err
+    assert (tmp_path / "small" / "backbone" / "model.gguf").read_bytes() == same[0]

@@ -23,7 +23,7 @@ def test_every_example_runs_in_order(tmp_path: Path) -> None:
     commands = {line.split()[1] for line in re.findall(r"^engram .*|(?<=\$\()engram .*", block[1], re.MULTILINE)}
     listed = set(re.findall(r"^## `engram ([a-z-]+)", (ROOT / "docs" / "cli.md").read_text("utf-8"), re.MULTILINE))
     assert listed <= commands, "every command has its example"
-    for name in ("docs", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+    for name in ("docs", "builders", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, tmp_path / name)
     (tmp_path / "bin").mkdir()

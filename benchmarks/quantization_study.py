@@ -41,7 +41,10 @@ from engram.runtime.row_sources import FloatTables, PlannedRows
 BUDGETS = (1.0, 0.75, 0.6, 0.4)  # of what nf4 takes
 GRID_TABLES = ("f32", "int8", "nf4", "h2")
 GRID_BACKBONES = ("int8", "int4")
-TOKENS = {"smollm2": 16_384, "gemma3": 3_072}  # Gemma's vocabulary of 262,144 makes a token five times as dear
+TOKENS = {  # by memory, else by backbone
+    "smollm2": 16_384, "gemma3": 3_072,  # Gemma's vocabulary of 262,144 makes a token five times as dear
+    "smollm2-bible-middle": 8_192,  # a memory in the middle needs the whole backbone for every arm
+}  # fmt: skip
 
 
 class Study:
@@ -194,14 +197,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", default="", help="names of memories, with commas")
-    parser.add_argument("--tokens", type=int, default=0, help="held-out tokens a memory (0: 16,384, for Gemma 3,072)")
+    parser.add_argument("--tokens", type=int, default=0, help="held-out tokens a memory (0: as TOKENS says)")
     parser.add_argument("--page", type=Path, default=Path("docs/quantization.md"))
     given = parser.parse_args()
     memories = json.loads((given.work / "memories.json").read_text())
     chosen = [name for name in memories if not given.only or name in given.only.split(",")]
     found = {}
     for name in chosen:
-        tokens = given.tokens or TOKENS[memories[name]["settings"]["backbone"]]
+        tokens = given.tokens or TOKENS.get(name, TOKENS[memories[name]["settings"]["backbone"]])
         found[name] = Study(name, memories[name], given.work, tokens, Lines()).run()
     quantization_report.write(found, {name: memories[name] for name in chosen}, given.page)
 

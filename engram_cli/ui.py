@@ -37,7 +37,7 @@ def printable(text: str) -> str:
 def emit(result: Mapping[str, Any]) -> None:
     """Print `result` as the one JSON object of `--json`; NaN and infinity become null, paths become text."""
     text = json.dumps(plain(result), ensure_ascii=False, allow_nan=False)
-    print(text.encode("utf-8", "backslashreplace").decode())  # half a surrogate pair becomes \uXXXX, as JSON has it
+    print(text.encode("utf-8", "backslashreplace").decode())  # half a surrogate pair: a \u escape, as in JSON
 
 
 def report(result: Mapping[str, Any], as_json: bool, title: str = "") -> None:

@@ -14,6 +14,7 @@ from engram.builders.checkpoint import open_checkpoint
 from engram.builders.corpus import CorpusConfig, files
 from engram.quantize.backbone import BackboneConfig, check_backbone
 from engram.quantize.backbone_config import check_replacement
+from engram.quantize.backbone_imatrix import check_importance_target, importance_texts
 from engram.quantize.folder import check_target, rejected_name
 from engram.quantize.tables import QuantizeConfig, QuantizeError, quantize
 from engram.runtime.quantize_config import AUTO, BackboneWish, QuantizeRun
@@ -29,10 +30,10 @@ def quantize_run(config: QuantizeRun, progress: Progress | None = None) -> dict[
     seen = progress or Progress()
     check_target(config.checkpoint, config.out, force=config.force, error=QuantizeError)
     wish = config.backbone
+    backbone = None if wish is None else _backbone(config, wish)
     for text in (config.calibrate, config.gate, wish and wish.importance):
         if isinstance(text, CorpusConfig):
             files(text)  # a source that names nothing is found before the long work
-    backbone = None if wish is None else _backbone(config, wish)
     gate = None
     if config.gate is not None:
         from engram.runtime.quality_gate import Gate, QualityConfig
@@ -69,7 +70,8 @@ def quantize_run(config: QuantizeRun, progress: Progress | None = None) -> dict[
 def _backbone(config: QuantizeRun, wish: BackboneWish) -> BackboneConfig:
     """The backbone's part, checked by metadata.
 
-    Raises QuantizeBackboneError for a `source` of another model and as check_backbone.
+    Raises QuantizeBackboneError for a `source` of another model and as check_backbone, ImportanceError where a matrix
+    to come exists without `force`.
     """
     checkpoint = open_checkpoint(config.checkpoint)
     source = checkpoint.backbone
@@ -82,7 +84,21 @@ def _backbone(config: QuantizeRun, wish: BackboneWish) -> BackboneConfig:
         importance=wish.importance if isinstance(wish.importance, Path) else None,
     )  # fmt: skip
     check_backbone(made)
+    if isinstance(wish.importance, CorpusConfig) and not _goes_on(config, wish.importance):
+        check_importance_target(_matrix(config), force=config.force)
     return made
+
+
+def _matrix(config: QuantizeRun) -> Path:
+    """Where an importance matrix of text is kept."""
+    return config.out.with_name(config.out.name + ".imatrix.gguf")
+
+
+def _goes_on(config: QuantizeRun, text: CorpusConfig) -> bool:
+    """Whether the unfinished run that this one goes on with has made the matrix of the same text."""
+    unfinished = config.out.with_name(config.out.name + ".partial") / MARK
+    matrix = _matrix(config)
+    return unfinished.is_file() and matrix.is_file() and importance_texts(matrix) == list(text.sources)
 
 
 def _weighed(
@@ -90,17 +106,14 @@ def _weighed(
 ) -> BackboneConfig:
     """The same with an importance matrix of the text, made now and kept beside `out`.
 
-    A run that goes on uses the matrix that it began with. Raises ImportanceError where the file exists otherwise,
-    without `force`.
+    A run that goes on uses the matrix that it began with.
     """
-    from engram.quantize.backbone_imatrix import importance_texts
     from engram.runtime.importance import collect_importance
 
-    target, gguf = config.out.with_name(config.out.name + ".imatrix.gguf"), backbone.source.place(config.checkpoint)
+    target, gguf = _matrix(config), backbone.source.place(config.checkpoint)
     assert gguf is not None, "check_backbone finds a file for GGUF types"
-    unfinished = config.out.with_name(config.out.name + ".partial") / MARK
-    if target.is_file() and unfinished.is_file() and importance_texts(target) == list(text.sources):
+    if _goes_on(config, text):
         progress.say(f"importance matrix: {target}, from the run that is gone on with")
-        return replace(backbone, importance=target)
-    collect_importance(config.checkpoint, gguf, text, tokens, target, progress, force=config.force)
+    else:
+        collect_importance(config.checkpoint, gguf, text, tokens, target, progress, force=config.force)
     return replace(backbone, importance=target)

@@ -1,0 +1,194 @@
+"""What tensors a foreign checkpoint holds and where their bytes lie: from headers alone, nothing trusted. No torch.
+
+A checkpoint is a folder of safetensors shards (with or without an index), one safetensors file, or one GGUF file. A
+header comes from strangers: every number in it is compared with the file before it is used, so that a lie ends in a
+TensorFileError, not in a wrong row, a loop or an allocation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engram import EngramError
+from engram.builders.gguf_header import read_places
+
+INDEX = "model.safetensors.index.json"
+LONGEST_HEADER = 100_000_000  # bytes: what the safetensors library reads at most
+MOST_DIMENSIONS = 8
+BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
+    "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F4": 4,
+}  # fmt: skip
+_LARGEST_INDEX = 1 << 28
+
+
+class TensorFileError(EngramError):
+    """A checkpoint whose headers cannot be read, contradict themselves or do not fit their files."""
+
+
+class Tensor(NamedTuple):
+    """One tensor's bytes: `bytes` of them at `offset` of `file`, the last dimension of `shape` the fastest.
+
+    `dtype` is safetensors' name, or ggml's of a GGUF ("Q4_0").
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """All tensors by name, and the names that an index says are in shards which are not there (`absent`, by shard)."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    absent: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # of a GGUF
+
+    def find(self, name: str) -> Tensor:
+        """One tensor; TensorFileError where there is none, or where its shard is missing."""
+        if name in self.tensors:
+            return self.tensors[name]
+        if name in self.absent:
+            raise TensorFileError(
+                f"tensor {name!r} is in {self.path / self.absent[name]}, which is not there", hint="fetch that shard"
+            )
+        raise TensorFileError(f"{self.path} holds no tensor {name!r}")
+
+
+def open_files(path: Path) -> TensorFiles:
+    """Read the headers of a checkpoint folder or file. Shards that an index names may be missing.
+
+    Raises TensorFileError for everything that is not consistent.
+    """
+    if path.is_dir():
+        return _folder(path)
+    if path.suffix == ".gguf":
+        metadata, places = read_places(path)
+        tensors = {name: Tensor(path, *place) for name, place in places.items()}
+        return TensorFiles(path, tensors, metadata=metadata)
+    if path.suffix == ".safetensors":
+        return TensorFiles(path, read_header(path))
+    raise TensorFileError(
+        f"{path} is no checkpoint", hint="give a folder with .safetensors files, one .safetensors or one .gguf file"
+    )
+
+
+def _folder(folder: Path) -> TensorFiles:
+    index = folder / INDEX
+    if not index.is_file():
+        found = sorted(folder.glob("*.safetensors"))
+        if not found:
+            raise TensorFileError(f"{folder} holds no .safetensors file", hint="give the folder of the weights")
+        return TensorFiles(folder, _joined(found))
+    weight_map = _read_index(index)
+    here = [name for name in dict.fromkeys(weight_map.values()) if (folder / name).is_file()]
+    tensors = _joined(folder / name for name in here)
+    for name, shard in weight_map.items():
+        if name not in tensors and shard in here:
+            raise TensorFileError(f"{index} says that {shard} holds {name!r}, it does not", hint="fetch it again")
+        if name in tensors and tensors[name].file.name != shard:
+            raise TensorFileError(f"{index} says that {name!r} is in {shard}, it is in {tensors[name].file.name}")
+    absent = {name: shard for name, shard in weight_map.items() if shard not in set(here)}
+    return TensorFiles(folder, tensors, absent)
+
+
+def _joined(paths: Iterable[Path]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        for name, tensor in read_header(path).items():
+            if name in tensors:
+                raise TensorFileError(f"tensor {name!r} is in {tensors[name].file} and in {path}")
+            tensors[name] = tensor
+    return tensors
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name → file name, which stays inside the folder."""
+    if path.stat().st_size > _LARGEST_INDEX:
+        raise TensorFileError(f"{path} has {path.stat().st_size:,} bytes, no index is that large")
+    try:
+        weight_map = json.loads(path.read_bytes(), object_pairs_hook=_no_twice)["weight_map"]
+        pairs = dict(weight_map)
+    except (ValueError, KeyError, TypeError, RecursionError) as wrong:
+        raise TensorFileError(f"{path} is no index with a weight_map: {wrong!r}") from None
+    for name, shard in pairs.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or shard in (".", "..", ""):
+            raise TensorFileError(f"{path} says that {name!r} is in {shard!r}: a shard is a file beside the index")
+    return pairs
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, checked: each inside the file, none over another, no byte unaccounted for."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= min(LONGEST_HEADER, size - 8):
+                raise TensorFileError(
+                    f"{path} states a header of {length:,} bytes, the file has {size:,}",
+                    hint="it is truncated, altered or another kind of file: fetch it again",
+                )
+            text = file.read(length)
+    except OSError as wrong:
+        raise TensorFileError(f"{path} cannot be read: {wrong.strerror}") from None
+    try:
+        entries = json.loads(text, object_pairs_hook=_no_twice)
+    except (ValueError, RecursionError) as wrong:
+        raise TensorFileError(f"{path} has a header that is no JSON: {str(wrong)[:200]}") from None
+    if not isinstance(entries, dict):
+        raise TensorFileError(f"{path} has a header that is no JSON object")
+    entries.pop("__metadata__", None)
+    found = {name: _tensor(path, name, entry, 8 + length, size) for name, entry in entries.items()}
+    reached, last = 8 + length, ""
+    for name, tensor in sorted(found.items(), key=lambda item: (item[1].offset, item[1].bytes)):
+        if tensor.offset != reached:
+            what = f"overlaps {last!r}" if tensor.offset < reached else "leaves a gap before it"
+            raise TensorFileError(f"{path}: tensor {name!r} {what}")
+        reached, last = tensor.offset + tensor.bytes, name
+    if reached != size:
+        raise TensorFileError(f"{path} has {size:,} bytes, its tensors end at {reached:,}", hint="fetch it again")
+    return found
+
+
+def _tensor(path: Path, name: str, entry: Any, begin: int, size: int) -> Tensor:
+    """One entry of a header, its numbers compared with each other and with the file."""
+    try:
+        dtype, shape, (first, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise TensorFileError(f"{path}: tensor {name!r} lacks dtype, shape or data_offsets") from None
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise TensorFileError(f"{path}: tensor {name!r} has the dtype {dtype!r}, safetensors knows {', '.join(BITS)}")
+    numbers = (*shape, first, end)
+    if len(shape) > MOST_DIMENSIONS or any(type(n) is not int or not 0 <= n < 1 << 63 for n in numbers):
+        raise TensorFileError(f"{path}: tensor {name!r} has a shape or offsets that cannot be: {entry!r:.200}")
+    bits = math.prod(shape) * BITS[dtype]
+    if bits % 8 or end - first != bits // 8:
+        raise TensorFileError(
+            f"{path}: tensor {name!r} of {dtype} {list(shape)} needs {bits / 8:,.10g} bytes, its offsets span "
+            f"{end - first:,}"
+        )
+    if begin + end > size:
+        raise TensorFileError(
+            f"{path}: tensor {name!r} ends at byte {begin + end:,}, the file has {size:,}", hint="fetch it again"
+        )
+    return Tensor(path, dtype, shape, begin + first, end - first)
+
+
+def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice!r:.100} occurs twice")
+    return found

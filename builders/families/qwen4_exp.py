@@ -1,0 +1,80 @@
+"""Qwen3.8-Flash-Next (`qwen4_exp`): one table of raw-id n-grams in many shards, with its hash constants beside it.
+
+`ple_layer_ids` counts layers from one. Rows are BF16, or FP8 with one scale for the whole table. A text ends at
+end-of-sequence. The gate has a key projection for every stream, one value projection, norms over each stream, and a
+dilated causal convolution.
+"""
+
+from __future__ import annotations
+
+import re
+
+from engram.builders.families.config import Config, FamilyError
+from engram.builders.families.family import Part, Published, Table, expect, prefix_of
+from engram.builders.hash_constants import prime_moduli
+from engram.builders.tensor_files import Tensor, TensorFiles
+
+MODEL_TYPES = ("qwen4_exp", "qwen4_exp_text")
+CODECS = {"BF16": "bf16", "F8_E4M3": "fp8-tensor", "F32": "f32"}  # F32: what transformers saves of a model in float32
+_MULTIPLIERS = "ple.ple_embedding.layer_multipliers"
+
+
+def describe(config: Config, files: TensorFiles) -> Published:
+    """The table, its gate and its stored constants. Raises FamilyError for what does not fit, by name."""
+    one_based = config.numbers("ple_layer_ids", least=1)
+    highest, heads = config.number("ngram_size", least=2), config.number("heads_per_ngram", least=1)
+    embed = config.number("ple_embed_dim", least=1)
+    base = config.number("ngram_vocab_size_base", least=2)
+    multiple = config.number("make_ngram_vocab_size_divisible_by", least=1, default=128)
+    shards = config.number("split_ngram_parts", least=1, default=512)
+    vocabulary, end = config.number("vocab_size", least=1), config.number("eos_token_id")
+    seed = config.number("seed", default=1234)
+    orders = tuple(range(2, highest + 1))
+    columns = len(orders) * heads
+    if embed % columns:
+        raise FamilyError(f"{config.path}: ple_embed_dim {embed} does not divide by {columns} rows a token")
+    layers = tuple(layer - 1 for layer in one_based)
+    primes = prime_moduli(list(layers), [base] * len(orders), heads)
+    tables, stored, dense = [], {}, {}
+    start = prefix_of(files, f"layers.{layers[0]}.{_MULTIPLIERS}")
+    for layer in layers:
+        ple = f"{start}layers.{layer}.ple."
+        rows = -(-sum(map(sum, primes[layer])) // multiple) * multiple
+        tables.append(_table(files, f"{ple}ple_embedding.ngram_embedding.", layer, rows, embed // columns, shards))
+        stored |= {
+            f"{layer}.multipliers": expect(files, ple + "ple_embedding.layer_multipliers", (highest,), ("I64",)),
+            f"{layer}.primes": expect(files, ple + "ple_embedding.ngram_heads_vocab_sizes", (columns,), ("I64",)),
+            f"{layer}.offsets": expect(files, ple + "ple_embedding.ngram_heads_offsets", (columns,), ("I64",)),
+        }
+        names = ("key_proj", "value_proj", "norm_key", "norm_query", "norm_conv", "conv1d")
+        dense[layer] = {name: files.find(f"{ple}{name}.weight") for name in names}
+    hashing = {
+        "rows_per_head": base, "seed": seed, "pad_id": end, "reset_id": end, "layers": layers, "multiple": multiple,
+    }  # fmt: skip
+    return Published(
+        "qwen4_exp", "qwen-ple", orders, heads, embed // columns, tuple(tables), vocabulary, hashing, None, stored, dense
+    )
+
+
+def _table(files: TensorFiles, start: str, layer: int, rows: int, width: int, shards: int) -> Table:
+    """The shards in the order of their numbers; each holds rows / shards of them."""
+    pattern = re.compile(re.escape(start) + r"shard_(\d+)\.weight")
+    found = {int(m[1]): name for name in (*files.tensors, *files.absent) if (m := pattern.fullmatch(name))}
+    if sorted(found) != list(range(shards)):
+        raise FamilyError(
+            f"{files.path} has {len(found)} tensors {start}shard_N.weight, split_ngram_parts asks for 0 to {shards - 1}"
+        )
+    each = -(-rows // shards)
+    absent = tuple(dict.fromkeys(files.absent[name] for name in found.values() if name in files.absent))
+    parts, dtypes = [], set()
+    for number in range(shards):
+        if found[number] not in files.tensors:
+            continue
+        here = min(each, rows - number * each)
+        tensor: Tensor = expect(files, found[number], (here, width), tuple(CODECS))
+        dtypes.add(tensor.dtype)
+        parts.append(Part(number * each, here, tensor))
+    if len(dtypes) > 1:
+        raise FamilyError(f"{files.path}: shards of {start} have several dtypes: {', '.join(sorted(dtypes))}")
+    codec = CODECS[dtypes.pop()] if dtypes else "bf16"
+    return Table(layer, codec, rows, width, tuple(parts), absent)

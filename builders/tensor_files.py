@@ -130,7 +130,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, checked: each inside the file, none over another, no byte unaccounted for."""
+    """The tensors of one safetensors file, checked: inside the file, none over another, no byte unaccounted for."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

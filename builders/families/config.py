@@ -59,7 +59,8 @@ class Config:
         """A list of at least one whole number."""
 
         def fits(value: Any) -> bool:
-            return isinstance(value, list) and bool(value) and all(type(v) is int and least <= v < 1 << 62 for v in value)
+            whole = isinstance(value, list) and all(type(v) is int and least <= v < 1 << 62 for v in value)
+            return whole and bool(value)
 
         return tuple(self._get(names, fits, f"a list of numbers from {least}", None))
 

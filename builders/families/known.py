@@ -20,5 +20,6 @@ def find_published(folder: Path) -> Published:
             return family.describe(config, open_files(folder))
     known = ", ".join(kind for family in FAMILIES for kind in family.MODEL_TYPES)
     raise FamilyError(
-        f"{config.path} has model_type {' and '.join(config.model_types) or 'none'}: no known memory", hint=f"known: {known}"
+        f"{config.path} has model_type {' and '.join(config.model_types) or 'none'}: no known memory",
+        hint=f"known: {known}",
     )

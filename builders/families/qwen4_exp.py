@@ -52,8 +52,9 @@ def describe(config: Config, files: TensorFiles) -> Published:
         "rows_per_head": base, "seed": seed, "pad_id": end, "reset_id": end, "layers": layers, "multiple": multiple,
     }  # fmt: skip
     return Published(
-        "qwen4_exp", "qwen-ple", orders, heads, embed // columns, tuple(tables), vocabulary, hashing, None, stored, dense
-    )
+        "qwen4_exp", "qwen-ple", orders, heads, embed // columns, tuple(tables), vocabulary, hashing, stored=stored,
+        dense=dense,
+    )  # fmt: skip
 
 
 def _table(files: TensorFiles, start: str, layer: int, rows: int, width: int, shards: int) -> Table:

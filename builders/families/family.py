@@ -10,6 +10,8 @@ from engram.builders.families.config import FamilyError
 from engram.builders.tensor_files import Tensor, TensorFiles
 from engram.kernels.codecs import find_codec
 
+FLOATS = {"BF16": "bf16", "F32": "f32"}  # dtypes of plain rows → our codec; F32 is what transformers saves in float32
+
 
 @dataclass(frozen=True)
 class Part:

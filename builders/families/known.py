@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engram.builders.families import deepseek_v41, qwen4_exp
+from engram.builders.families import deepseek_v41, longcat, per_token, qwen4_exp
 from engram.builders.families.config import Config, FamilyError
 from engram.builders.families.family import Published
 from engram.builders.tensor_files import open_files
 
-FAMILIES = (deepseek_v41, qwen4_exp)
+FAMILIES = (deepseek_v41, qwen4_exp, longcat, per_token)
 
 
 def find_published(folder: Path) -> Published:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 
 from engram.builders.families.config import Config, FamilyError
-from engram.builders.families.family import Part, Published, Table, expect, prefix_of
+from engram.builders.families.family import FLOATS, Part, Published, Table, expect, prefix_of
 from engram.builders.hash_constants import prime_moduli
 from engram.builders.tensor_files import Tensor, TensorFiles
 
 MODEL_TYPES = ("qwen4_exp", "qwen4_exp_text")
-CODECS = {"BF16": "bf16", "F8_E4M3": "fp8-tensor", "F32": "f32"}  # F32: what transformers saves of a model in float32
+CODECS = {**FLOATS, "F8_E4M3": "fp8-tensor"}
 _MULTIPLIERS = "ple.ple_embedding.layer_multipliers"
 
 

@@ -12,13 +12,20 @@ from engram.cli.sizes import show_bytes
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint (float or quantized) or a package.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A checkpoint or package of ours, a published checkpoint, or a GGUF.")
+    ],
     json: options.Json = False,
 ) -> None:
-    """Say what a checkpoint or package holds, and what its quality gate found."""
-    from engram.quantize.inspect import inspect as work
+    """Say what a checkpoint or package holds, from headers alone, and what its quality gate found."""
+    if path.suffix == ".gguf" or (path / "config.json").is_file() and not (path / "engram.json").is_file():
+        from engram.quantize.inspect_published import inspect_published
 
-    result = work(path)
+        result = inspect_published(path)
+    else:
+        from engram.quantize.inspect import inspect as inspect_own
+
+        result = inspect_own(path)
     if json:
         return ui.emit(result)
     rows = [
@@ -29,15 +36,22 @@ def inspect(
     columns = ["layer", "orders", "heads", "rows", "width", "stored as", "bits a value", "size"]
     verdict = ": rejected by its quality gate" if result["rejected"] else ""
     ui.table(f"{result['kind']}, {result['family']}{verdict}", columns, rows)
-    words = [
-        f"a token reads {result['rows_per_token']} rows, {show_bytes(result['bytes_per_token'])}",
-        backbone_words(result["backbone"]),
-    ]
+    words = [f"a token reads {result['rows_per_token']} rows, {show_bytes(result['bytes_per_token'])}"]
+    words += [backbone_words(result["backbone"])] if "backbone" in result else other_words(result)
     if "plans" in result:
         words.append(plan_words(result["plans"]))
     if "quality" in result:
         words.append(quality_words(result["quality"]))
     print(ui.printable("\n".join(words)))
+
+
+def other_words(result: dict[str, Any]) -> list[str]:
+    """Of a published checkpoint: where its tables lie, and what else is there."""
+    words = [f"tables in: {', '.join(result['table_files']) or 'no file that is here'}"]
+    words.append(f"besides: {result['other']['tensors']:,} tensors, {show_bytes(result['other']['bytes'])}")
+    if result["missing_files"]:
+        words.append(f"not here: {', '.join(result['missing_files'])}")
+    return words
 
 
 def backbone_words(backbone: dict[str, Any]) -> str:

@@ -1,68 +1,46 @@
-"""A published config.json, read key by key: what is missing, of the wrong type or told twice differently is named."""
+"""A config.json or a GGUF's metadata, key by key: what is missing, of the wrong type or contradictory is named."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from engram import EngramError
 
 NAME = "config.json"
-_LARGEST = 1 << 24
-
-T = TypeVar("T")
+LARGEST = 1 << 40  # rows, ids and the like: beyond it nothing is published, and primes are slow to find
+MOST_LAYERS = 1024  # or heads, or anything else that is listed
+MOST_ORDER = 8  # what llama.cpp reads at most
+MOST_HEADS = 64
+_LARGEST_FILE = 1 << 24
 
 
 class FamilyError(EngramError):
     """A checkpoint that is of no known family, or that contradicts what its family says."""
 
 
-class Config:
-    """The keys of a config.json; those of `text_config` come first, as transformers reads them.
+class Keys:
+    """Values by name, each checked when it is asked for; `where` names the file in what is refused."""
 
-    `get(name, alias, …)` takes the same value under any of its names; two names that differ are refused.
-    """
+    def __init__(self, where: Path, values: Mapping[str, Any]) -> None:
+        self.path, self.values = where, dict(values)
 
-    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
-        self.path = path
-        inner = values.get("text_config", {})
-        if not isinstance(inner, Mapping):
-            raise FamilyError(f"{path}: text_config is no object")
-        self.values: dict[str, Any] = {**values, **inner}
-        self.model_types = [v for v in (values.get("model_type"), inner.get("model_type")) if isinstance(v, str)]
+    def number(self, *names: str, least: int = 0, most: int = LARGEST, default: int | None = None) -> int:
+        """A whole number from `least` to `most`."""
+        what = f"a number from {least} to {most:,}"
+        return int(self._get(names, lambda v: type(v) is int and least <= v <= most, what, default))
 
-    @classmethod
-    def read(cls, folder: Path) -> Config:
-        """Of a checkpoint folder."""
-        path = folder / NAME
-        try:
-            if path.stat().st_size > _LARGEST:
-                raise FamilyError(f"{path} has {path.stat().st_size:,} bytes, no configuration is that large")
-            values = json.loads(path.read_bytes())
-        except OSError as wrong:
-            raise FamilyError(
-                f"{path} cannot be read: {wrong.strerror}", hint="the configuration says what the tensors mean"
-            ) from None
-        except (ValueError, RecursionError) as wrong:
-            raise FamilyError(f"{path} is no JSON: {wrong}") from None
-        if not isinstance(values, dict):
-            raise FamilyError(f"{path} is no JSON object")
-        return cls(path, values)
-
-    def number(self, *names: str, least: int = 0, default: int | None = None) -> int:
-        """A whole number of at least `least`."""
-        return self._get(names, lambda v: type(v) is int and least <= v < 1 << 62, f"a number from {least}", default)
-
-    def numbers(self, *names: str, least: int = 0) -> tuple[int, ...]:
-        """A list of at least one whole number."""
+    def numbers(self, *names: str, least: int = 0, most: int = LARGEST) -> tuple[int, ...]:
+        """A list of at least one whole number, and at most MOST_LAYERS of them."""
 
         def fits(value: Any) -> bool:
-            whole = isinstance(value, list) and all(type(v) is int and least <= v < 1 << 62 for v in value)
-            return whole and bool(value)
+            if not isinstance(value, list) or not 1 <= len(value) <= MOST_LAYERS:
+                return False
+            return all(type(v) is int and least <= v <= most for v in value)
 
-        return tuple(self._get(names, fits, f"a list of numbers from {least}", None))
+        return tuple(self._get(names, fits, f"a list of numbers from {least} to {most:,}", None))
 
     def refuse(self, name: str, known: Any) -> None:
         """Refuse a key that has another value than the only one that this release understands."""
@@ -81,3 +59,51 @@ class Config:
         if len({json.dumps(value) for value in found.values()}) > 1:
             raise FamilyError(f"{self.path} says {found}: they are names of one thing")
         return next(iter(found.values()))
+
+
+class Header(Keys):
+    """The metadata of a GGUF, of which a model's keys begin with its architecture."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        self.architecture = str(metadata.get("general.architecture"))
+        start = self.architecture + "."
+        own = {key.removeprefix(start): value for key, value in metadata.items() if key.startswith(start)}
+        plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in own.items()}
+        super().__init__(path, plain)
+        self.tokens = metadata.get("tokenizer.ggml.tokens", ())
+
+    def vocabulary(self) -> int:
+        """Token ids."""
+        return self.number("vocab_size", least=1, default=len(self.tokens))
+
+
+class Config(Keys):
+    """The keys of a config.json; those of `text_config` come first, as transformers reads them.
+
+    `get(name, alias, …)` takes the same value under any of its names; two names that differ are refused.
+    """
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        inner = values.get("text_config", {})
+        if not isinstance(inner, Mapping):
+            raise FamilyError(f"{path}: text_config is no object")
+        super().__init__(path, {**values, **inner})
+        self.model_types = [v for v in (values.get("model_type"), inner.get("model_type")) if isinstance(v, str)]
+
+    @classmethod
+    def read(cls, folder: Path) -> Config:
+        """Of a checkpoint folder."""
+        path = folder / NAME
+        try:
+            if path.stat().st_size > _LARGEST_FILE:
+                raise FamilyError(f"{path} has {path.stat().st_size:,} bytes, no configuration is that large")
+            values = json.loads(path.read_bytes())
+        except OSError as wrong:
+            raise FamilyError(
+                f"{path} cannot be read: {wrong.strerror}", hint="the configuration says what the tensors mean"
+            ) from None
+        except (ValueError, RecursionError) as wrong:
+            raise FamilyError(f"{path} is no JSON: {wrong}") from None
+        if not isinstance(values, dict):
+            raise FamilyError(f"{path} is no JSON object")
+        return cls(path, values)

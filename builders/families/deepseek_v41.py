@@ -7,7 +7,7 @@ images do (they are dead). The gate has one fused projection for its keys and va
 
 from __future__ import annotations
 
-from engram.builders.families.config import Config, FamilyError
+from engram.builders.families.config import MOST_HEADS, MOST_ORDER, Config, FamilyError
 from engram.builders.families.family import Part, Published, Table, expect, prefix_of
 from engram.builders.hash_constants import prime_moduli
 from engram.builders.tensor_files import TensorFiles
@@ -20,7 +20,8 @@ def describe(config: Config, files: TensorFiles) -> Published:
     """The two tables and their gates. Raises FamilyError for a key or tensor that does not fit, by name."""
     layers = config.numbers("engram_layer_ids")
     rows = config.numbers("engram_num_embeddings", least=1)
-    highest, heads = config.number("engram_max_ngram_size", least=2), config.number("engram_n_heads", least=1)
+    highest = config.number("engram_max_ngram_size", least=2, most=MOST_ORDER)
+    heads = config.number("engram_n_heads", least=1, most=MOST_HEADS)
     base, width = config.number("engram_vocab_size", least=2), config.number("engram_head_dim", least=GROUP)
     pad = config.number("engram_pad_token_id", "engram_pad_id")
     compressed = config.number("engram_compressed_vocab_size", least=1)
@@ -45,7 +46,7 @@ def describe(config: Config, files: TensorFiles) -> Published:
         start = f"{prefix}layers.{layer}.engram."
         values = expect(files, start + "embed.weight", (count, width), ("F8_E4M3",))
         scales = expect(files, start + "embed.scale", (count, width // GROUP), ("F8_E8M0", "U8"))
-        tables.append(Table(layer, "fp8-e8m0", count, width, (Part(0, count, values, scales),)))
+        tables.append(Table(layer, "F8_E4M3", "fp8-e8m0", count, width, (Part(0, count, values, scales),)))
         wide = hidden * (streams + 1), len(orders) * heads * width
         dense[layer] = {
             "wkv": expect(files, start + "wkv.weight", wide, ("F8_E4M3", "BF16", "F32")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from engram.builders.families.config import FamilyError
@@ -11,6 +12,7 @@ from engram.builders.tensor_files import Tensor, TensorFiles
 from engram.kernels.codecs import find_codec
 
 FLOATS = {"BF16": "bf16", "F32": "f32"}  # dtypes of plain rows → our codec; F32 is what transformers saves in float32
+GGML = {"Q8_0": "q8_0", "Q4_0": "q4_0", "IQ4_NL": "iq4_nl", **FLOATS}  # ggml's types that are row codecs of ours
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Table:
-    """One layer's rows. `codec`: our row codec whose row is a row of values followed by its scales.
+    """One layer's rows.
 
-    `absent`: shards that hold parts of it and are not there.
+    `dtype` is what its values are stored in; `codec` our row codec whose row is a row of values followed by its scales,
+    None where there is none. `absent`: shards that hold parts of it and are not there.
     """
 
     layer: int
-    codec: str
+    dtype: str
+    codec: str | None
     rows: int
     width: int
     parts: tuple[Part, ...]
@@ -48,9 +52,17 @@ class Table:
             raise FamilyError(f"layer {self.layer} stores {reached:,} rows, its configuration asks for {self.rows:,}")
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of a row with its scales."""
-        return find_codec(self.codec).row_bytes(self.width)
+    def row_bytes(self) -> float:
+        """Bytes of a row with its scales, where they are stored by the row."""
+        for part in self.parts:
+            return (part.values.bytes + (part.scales.bytes if part.scales else 0)) / part.rows
+        return float(find_codec(self.codec).row_bytes(self.width)) if self.codec else 0.0
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold its rows, as far as they are there."""
+        tensors = [tensor for part in self.parts for tensor in (part.values, part.scales) if tensor is not None]
+        return tuple(dict.fromkeys(tensor.file for tensor in tensors))
 
 
 @dataclass(frozen=True)

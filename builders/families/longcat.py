@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from engram.builders.families.config import Config, FamilyError
+from engram.builders.families.config import MOST_HEADS, MOST_ORDER, Config, FamilyError
 from engram.builders.families.family import FLOATS, Part, Published, Table, expect
 from engram.builders.tensor_files import TensorFiles
 
@@ -24,8 +24,8 @@ def describe(config: Config, files: TensorFiles) -> Published:
     """The tables as one, row after row, and their projections. Raises FamilyError for what does not fit, by name."""
     vocabulary, hidden = config.number("vocab_size", least=1), config.number("hidden_size", least=1)
     ratio = config.number("ngram_vocab_size_ratio", least=1)
-    highest = config.number("emb_neighbor_num", "oe_neighbor_num", least=2)
-    heads = config.number("emb_split_num", "oe_split_num", least=1)
+    highest = config.number("emb_neighbor_num", "oe_neighbor_num", least=2, most=MOST_ORDER)
+    heads = config.number("emb_split_num", "oe_split_num", least=1, most=MOST_HEADS)
     end = config.number("eos_token_id")
     for name in ("ngram_exclude_sp_token", "special_token_scope", "ngram_fix_normalize_factor"):
         config.refuse(name, False)
@@ -40,7 +40,8 @@ def describe(config: Config, files: TensorFiles) -> Published:
             f"{files.path} has the n-gram tables {sorted(found)}, config.json asks for 0 to {columns - 1}"
         )
     sizes = [ratio * vocabulary + 2 * i + 1 for i in range(columns)]
-    parts, dtypes, absent, reached, dense = [], set(), {}, 0, {}
+    parts, dtypes, reached, dense = [], set(), 0, {}
+    absent: dict[str, None] = {}
     for i, size in enumerate(sizes):
         if found[i] in files.absent:
             absent[files.absent[found[i]]] = None
@@ -52,8 +53,8 @@ def describe(config: Config, files: TensorFiles) -> Published:
         dense[f"post_proj.{i}"] = expect(files, start + projection.format(i), (hidden, width), tuple(FLOATS))
     if len(dtypes) > 1:
         raise FamilyError(f"{files.path}: the n-gram tables have several dtypes: {', '.join(sorted(dtypes))}")
-    codec = FLOATS[dtypes.pop()] if dtypes else "bf16"
-    table = Table(0, codec, reached, width, tuple(parts), tuple(absent))
+    dtype = dtypes.pop() if dtypes else "BF16"
+    table = Table(0, dtype, FLOATS[dtype], reached, width, tuple(parts), tuple(absent))
     hashing = {"moduli": tuple(sizes), "pad_id": 0, "reset_id": end, "layers": (0,)}
     return Published("longcat_flash_ngram", "longcat", orders, heads, width, (table,), vocabulary, hashing,
                      dense={0: dense})  # fmt: skip

@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import re
 
-from engram.builders.families.config import Config, FamilyError
-from engram.builders.families.family import FLOATS, Part, Published, Table, expect, prefix_of
+from engram.builders.families.config import MOST_HEADS, MOST_ORDER, Config, FamilyError, Header
+from engram.builders.families.family import FLOATS, GGML, Part, Published, Table, expect, prefix_of
 from engram.builders.hash_constants import prime_moduli
 from engram.builders.tensor_files import Tensor, TensorFiles
 
 MODEL_TYPES = ("qwen4_exp", "qwen4_exp_text")
+ARCHITECTURES = ("qwen4exp",)  # of a GGUF
 CODECS = {**FLOATS, "F8_E4M3": "fp8-tensor"}
+MOST_SHARDS = 1 << 16
 _MULTIPLIERS = "ple.ple_embedding.layer_multipliers"
 
 
 def describe(config: Config, files: TensorFiles) -> Published:
     """The table, its gate and its stored constants. Raises FamilyError for what does not fit, by name."""
     one_based = config.numbers("ple_layer_ids", least=1)
-    highest, heads = config.number("ngram_size", least=2), config.number("heads_per_ngram", least=1)
+    highest = config.number("ngram_size", least=2, most=MOST_ORDER)
+    heads = config.number("heads_per_ngram", least=1, most=MOST_HEADS)
     embed = config.number("ple_embed_dim", least=1)
     base = config.number("ngram_vocab_size_base", least=2)
     multiple = config.number("make_ngram_vocab_size_divisible_by", least=1, default=128)
-    shards = config.number("split_ngram_parts", least=1, default=512)
+    shards = config.number("split_ngram_parts", least=1, most=MOST_SHARDS, default=512)
     vocabulary, end = config.number("vocab_size", least=1), config.number("eos_token_id")
     seed = config.number("seed", default=1234)
     orders = tuple(range(2, highest + 1))
@@ -35,7 +38,9 @@ def describe(config: Config, files: TensorFiles) -> Published:
         raise FamilyError(f"{config.path}: ple_embed_dim {embed} does not divide by {columns} rows a token")
     layers = tuple(layer - 1 for layer in one_based)
     primes = prime_moduli(list(layers), [base] * len(orders), heads)
-    tables, stored, dense = [], {}, {}
+    tables: list[Table] = []
+    stored: dict[str, Tensor] = {}
+    dense: dict[int, dict[str, Tensor]] = {}
     start = prefix_of(files, f"layers.{layers[0]}.{_MULTIPLIERS}")
     for layer in layers:
         ple = f"{start}layers.{layer}.ple."
@@ -77,5 +82,35 @@ def _table(files: TensorFiles, start: str, layer: int, rows: int, width: int, sh
         parts.append(Part(number * each, here, tensor))
     if len(dtypes) > 1:
         raise FamilyError(f"{files.path}: shards of {start} have several dtypes: {', '.join(sorted(dtypes))}")
-    codec = CODECS[dtypes.pop()] if dtypes else "bf16"
-    return Table(layer, codec, rows, width, tuple(parts), absent)
+    dtype = dtypes.pop() if dtypes else "BF16"
+    return Table(layer, dtype, CODECS[dtype], rows, width, tuple(parts), absent)
+
+
+def describe_gguf(header: Header, files: TensorFiles) -> Published:
+    """The same in a GGUF, which states the hash's constants; layers are zero-based there."""
+    layers = header.numbers("ple.layers")
+    highest = header.number("ple.ngram_size", least=2, most=MOST_ORDER)
+    heads = header.number("ple.heads_per_ngram", least=1, most=MOST_HEADS)
+    multipliers = header.numbers("ple.layer_multipliers", least=1, most=(1 << 63) - 1)
+    primes = header.numbers("ple.head_vocab_sizes", least=1)
+    offsets, end = header.numbers("ple.head_offsets"), header.number("ple.eos_token_id")
+    width, vocabulary = header.number("embedding_length_per_layer_input", least=1), header.vocabulary()
+    orders = tuple(range(2, highest + 1))
+    columns = len(orders) * heads
+    if len(layers) != 1 or len(multipliers) != highest or len(primes) != columns or len(offsets) != columns:
+        raise FamilyError(
+            f"{files.path}: ple has {len(layers)} layers, {len(multipliers)} multipliers, {len(primes)} sizes and "
+            f"{len(offsets)} offsets; orders 2 to {highest} with {heads} heads need 1, {highest}, {columns}, {columns}"
+        )
+    if any(sum(primes[:i]) != offset for i, offset in enumerate(offsets)):
+        raise FamilyError(f"{files.path}: ple.head_offsets are not the sums of ple.head_vocab_sizes")
+    tensor = files.find("per_layer_token_embd.weight")
+    if len(tensor.shape) != 2 or tensor.shape[1] != width or tensor.shape[0] < sum(primes):
+        raise FamilyError(
+            f"{files.path}: per_layer_token_embd.weight is {list(tensor.shape)}, at least [{sum(primes)}, {width}] is "
+            "needed"
+        )
+    rows = tensor.shape[0]
+    table = Table(layers[0], tensor.dtype, GGML.get(tensor.dtype), rows, width, (Part(0, rows, tensor),))
+    hashing = {"multipliers": multipliers, "primes": primes, "pad_id": end, "reset_id": end, "layers": layers}
+    return Published("qwen4_exp", "qwen-ple", orders, heads, width, (table,), vocabulary, hashing)

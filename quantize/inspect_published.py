@@ -1,0 +1,46 @@
+"""What a published checkpoint holds, from config.json and headers alone: the fields of `engram inspect --json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engram.builders.families.family import Published, Table
+from engram.builders.families.known import find_published
+
+
+def inspect_published(path: Path) -> dict[str, Any]:
+    """Family, tables, what a token reads, which files hold tables, and what else is there.
+
+    Raises FamilyError for what is of no known family or contradicts it, TensorFileError and GgufHeaderError for headers
+    that lie.
+    """
+    found, files = find_published(path)
+    layers = [_layer(path, found, table) for table in found.tables]
+    tables = {file for table in found.tables for file in table.files}
+    own = {part.values for table in found.tables for part in table.parts}
+    own |= {part.scales for table in found.tables for part in table.parts if part.scales is not None}
+    others = [tensor for tensor in files.tensors.values() if tensor not in own]
+    return {
+        "kind": "published checkpoint", "family": found.family, "layers": layers,
+        "rows_per_token": found.columns * len(layers),
+        "bytes_per_token": sum(layer["row_bytes"] * found.columns for layer in layers),
+        "table_bytes": sum(layer["bytes"] for layer in layers), "vocab_size": found.vocab_size,
+        "compressed_size": found.compressed_size, "table_files": sorted(_name(path, file) for file in tables),
+        "other": {"tensors": len(others), "bytes": sum(tensor.bytes for tensor in others)},
+        "missing_files": sorted(set(files.absent.values())), "rejected": False,
+    }  # fmt: skip
+
+
+def _layer(path: Path, found: Published, table: Table) -> dict[str, Any]:
+    size = table.row_bytes * table.rows
+    return {
+        "layer": table.layer, "orders": list(found.orders), "heads": found.heads, "rows": table.rows,
+        "width": table.width, "dtype": table.dtype, "codec": table.codec, "bytes": round(size),
+        "row_bytes": table.row_bytes, "bits_per_value": 8 * table.row_bytes / table.width, "parts": len(table.parts),
+        "files": [_name(path, file) for file in table.files], "missing_files": list(table.absent),
+    }  # fmt: skip
+
+
+def _name(path: Path, file: Path) -> str:
+    return file.relative_to(path).as_posix() if path.is_dir() else file.name

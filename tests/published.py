@@ -1,0 +1,123 @@
+"""Tiny checkpoints of the published families: by transformers' own classes, or by the published list of tensors."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+V41_CONFIG = {
+    "model_type": "deepseek_v41",
+    "text_config": {
+        "engram_layer_ids": [1, 14], "engram_num_embeddings": [384006168, 384016682], "engram_max_ngram_size": 4,
+        "engram_vocab_size": 16000000, "engram_n_heads": 8, "engram_head_dim": 256, "engram_pad_token_id": 2,
+        "engram_compressed_vocab_size": 99092, "hidden_size": 5120, "hc_mult": 4, "vocab_size": 129280,
+        "image_token_id": 129264, "rms_norm_eps": 1e-20, "num_hidden_layers": 40,
+    },
+}  # fmt: skip
+BITS = {"F8_E4M3": 8, "F8_E8M0": 8, "BF16": 16, "F32": 32, "I64": 64}
+
+
+def write_qwen4_exp(folder: Path) -> Any:
+    """Qwen3.8-Flash-Next in miniature; the model."""
+    import torch
+    from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
+    from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen4ExpTextConfig(
+        vocab_size=512, hidden_size=64, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+        linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
+        moe_intermediate_size=32, shared_expert_intermediate_size=32, num_experts_per_tok=2, num_experts=4,
+        ple_layer_ids=[2], ple_embed_dim=64, ngram_size=3, heads_per_ngram=2, ngram_vocab_size_base=1000,
+        split_ngram_parts=4, make_ngram_vocab_size_divisible_by=8, hc_count=2, hc_lowrank=8, eos_token_id=511,
+        indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=32, indexer_budget=16, indexer_compress_ratio=4,
+    )  # fmt: skip
+    model = Qwen4ExpForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def write_gemma(folder: Path, kind: str) -> Any:
+    """Gemma 3n or Gemma 4 in miniature; the model."""
+    import torch
+    from transformers.models.gemma3n import Gemma3nForCausalLM, Gemma3nTextConfig
+    from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 512, "vocab_size_per_layer_input": 400, "hidden_size": 32, "hidden_size_per_layer_input": 8,
+        "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 16, "num_kv_shared_layers": 0,
+    }  # fmt: skip
+    if kind == "gemma3n":
+        config = Gemma3nTextConfig(**sizes, laurel_rank=4, activation_sparsity_pattern=[0.0] * 5)
+        model = Gemma3nForCausalLM(config).eval()
+    else:
+        model = Gemma4ForCausalLM(Gemma4TextConfig(**sizes)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def write_longcat(folder: Path, names: str = "model.ngram_embeddings.embedders.{}.weight") -> dict[str, np.ndarray]:
+    """LongCat-Flash-Lite's memory in miniature, under its first names or the alias; all arrays."""
+    folder.mkdir(parents=True)
+    vocabulary, hidden, ratio, orders, heads = 50, 48, 3, 3, 4
+    config = {
+        "model_type": "longcat_flash_ngram", "vocab_size": vocabulary, "hidden_size": hidden, "eos_token_id": 2,
+        "ngram_vocab_size_ratio": ratio, "emb_neighbor_num": orders + 1, "emb_split_num": heads,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    generator = np.random.default_rng(0)
+    projection = names.replace("embedders.", "post_projs.").replace("embed_tokens", "embed_proj")
+    arrays = {"model.embed_tokens.weight": generator.normal(size=(vocabulary, hidden)).astype(np.float32)}
+    for i in range(orders * heads):
+        rows = ratio * vocabulary + 2 * i + 1
+        arrays[names.format(i)] = generator.normal(size=(rows, hidden // 12)).astype(np.float32)
+        arrays[projection.format(i)] = generator.normal(size=(hidden, hidden // 12)).astype(np.float32)
+    save_file(arrays, folder / "model.safetensors")
+    return arrays
+
+
+def write_sparse(path: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:
+    """A safetensors file of any size whose data are holes of the file system: zeros, no disk space."""
+    header, at = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        size = int(np.prod(shape, dtype=object)) * BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
+
+
+def v41_tensors(layer: int, rows: int) -> dict[str, tuple[str, list[int]]]:
+    """What DeepSeek-V4.1-Flash stores of one memory layer."""
+    start = f"layers.{layer}.engram."
+    return {
+        start + "embed.weight": ("F8_E4M3", [rows, 256]), start + "embed.scale": ("F8_E8M0", [rows, 8]),
+        start + "wkv.weight": ("F8_E4M3", [25600, 6144]), start + "wkv.scale": ("F8_E8M0", [800, 192]),
+        start + "q_weight": ("BF16", [4, 5120]), start + "k_weight": ("BF16", [4, 5120]),
+    }  # fmt: skip
+
+
+def write_v41(folder: Path, shards: int = 48, others: int = 96_073) -> None:
+    """DeepSeek-V4.1-Flash in full geometry as sparse files: 48 shards, 96,085 tensors, tables in the last two."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(V41_CONFIG))
+    files: dict[int, dict[str, tuple[str, list[int]]]] = {n: {} for n in range(1, shards + 1)}
+    for i in range(others):
+        files[1 + i % (shards - 2)][f"layers.{i % 40}.ffn.experts.{i // 40}.w{i % 3}.weight"] = ("BF16", [64, 32])
+    for shard, layer, rows in ((shards - 1, 1, 384006168), (shards, 14, 384016682)):
+        files[shard] |= v41_tensors(layer, rows)
+    weight_map = {}
+    for number, tensors in files.items():
+        name = f"model-{number:05d}-of-{shards:05d}.safetensors"
+        write_sparse(folder / name, tensors)
+        weight_map |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

@@ -121,3 +121,30 @@ def write_v41(folder: Path, shards: int = 48, others: int = 96_073) -> None:
         write_sparse(folder / name, tensors)
         weight_map |= dict.fromkeys(tensors, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def write_qwen4exp_gguf(path: Path, kind: str = "Q4_0", **changes: Any) -> np.ndarray:
+    """The memory of a qwen4exp GGUF, as llama.cpp reads it: keys and table, nothing of the backbone; the rows."""
+    import gguf
+
+    sizes, width = (53, 59, 61, 67), 32
+    values: dict[str, Any] = {
+        "layers": [1], "ngram_size": 3, "heads_per_ngram": 2, "conv_kernel": 4, "eos_token_id": 9,
+        "layer_multipliers": [11, 13, 17], "head_vocab_sizes": list(sizes), "head_offsets": [0, 53, 112, 173],
+    } | changes  # fmt: skip
+    writer = gguf.GGUFWriter(path, "qwen4exp")
+    writer.add_vocab_size(300)
+    writer.add_embedding_length_per_layer_input(width)
+    for name, value in values.items():
+        key = f"qwen4exp.ple.{name}"
+        writer.add_array(key, value) if isinstance(value, list) else writer.add_uint32(key, value)
+    rows = np.random.default_rng(0).normal(size=(sum(sizes), width)).astype(np.float32)
+    dtype = gguf.GGMLQuantizationType[kind]
+    stored = gguf.quants.quantize(rows, dtype)
+    writer.add_tensor("per_layer_token_embd.weight", stored, raw_dtype=dtype)
+    writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return stored

@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from published import V41_CONFIG, v41_tensors, write_gemma, write_longcat, write_qwen4_exp, write_sparse, write_v41
+from published import (
+    V41_CONFIG,
+    v41_tensors,
+    write_gemma,
+    write_longcat,
+    write_qwen4_exp,
+    write_qwen4exp_gguf,
+    write_sparse,
+    write_v41,
+)
 
 from engram import EngramError
 from engram.builders.families.config import FamilyError
@@ -63,6 +72,33 @@ def test_longcat_is_twelve_tables_in_a_row(tmp_path: Path, names: str) -> None:
     assert (found.orders, found.heads, found.head_dim, found.tables[0].rows) == ((2, 3, 4), 4, 4, 12 * 151 + 2 * 66)
     assert table_bytes(tmp_path / "m") == b"".join(arrays[names.format(i)].tobytes() for i in range(12))
     assert len(found.dense[0]) == 12
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec", "row_bytes"), [("Q4_0", "q4_0", 18), ("Q8_0", "q8_0", 34), ("Q5_1", None, 24)]
+)
+def test_a_gguf_is_read_like_the_rest(tmp_path: Path, kind: str, codec: str | None, row_bytes: int) -> None:
+    stored = write_qwen4exp_gguf(tmp_path / "m.gguf", kind)
+    found, _ = find_published(tmp_path / "m.gguf")
+    assert (found.family, found.orders, found.heads, found.vocab_size) == ("qwen4_exp", (2, 3), 2, 300)
+    table = found.tables[0]
+    assert (table.layer, table.rows, table.width, table.codec, table.row_bytes) == (1, 240, 32, codec, row_bytes)
+    assert table_bytes(tmp_path / "m.gguf") == stored.tobytes()
+    told = inspect_published(tmp_path / "m.gguf")
+    assert told["layers"][0]["dtype"] == kind and told["other"] == {"tensors": 1, "bytes": 32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"head_offsets": [0, 53, 112, 174]}, "are not the sums"), ({"layers": [1, 2]}, "ple has 2 layers"),
+     ({"head_vocab_sizes": [53, 59, 61, 68]}, "is .240, 32., at least .241, 32. is needed"),
+     ({"ngram_size": 4}, "orders 2 to 4 with 2 heads need 1, 4, 6, 6"),
+     ({"heads_per_ngram": 1 << 20}, "heads_per_ngram is 1048576")],
+)  # fmt: skip
+def test_a_gguf_that_contradicts_itself_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    write_qwen4exp_gguf(tmp_path / "m.gguf", **changes)
+    with pytest.raises(FamilyError, match=words):
+        find_published(tmp_path / "m.gguf")
 
 
 @pytest.fixture(scope="module")

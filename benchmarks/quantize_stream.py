@@ -29,13 +29,13 @@ from typing import Any
 import numpy as np
 from outcome import Target, arguments, finish, say
 
+from engram.builders.atomic import MARK
 from engram.builders.backbone import BackboneRef
 from engram.builders.checkpoint import save_checkpoint, table_file
 from engram.builders.fetch import cache_folder
 from engram.builders.layout import Layout
 from engram.builders.process_memory import cached_share, forget_cached
 from engram.kernels.codecs import Floats
-from engram.quantize import journal
 
 WIDTH, LAYER = 256, 0
 _LOOP_BYTES = 8 << 20
@@ -150,7 +150,7 @@ def resident_peak(pid: int) -> int:
 def noted_rows(folder: Path) -> int:
     """Rows that the unfinished run says are on the disk."""
     try:
-        notes = json.loads((folder / "out.partial" / journal.NAME).read_bytes())["notes"]
+        notes = json.loads((folder / "out.partial" / MARK).read_bytes())["notes"]
         return int(notes[str(LAYER)]["rows"])
     except (OSError, KeyError):
         return 0

@@ -163,7 +163,7 @@ def sha256(path: Path) -> str:
 
 def measure(chosen: argparse.Namespace) -> list[Target]:
     """Every line, printed and written."""
-    gib = 0.125 if chosen.quick else chosen.gib
+    gib = 0.5 if chosen.quick else chosen.gib
     chosen.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="engram-stream-", dir=chosen.folder) as name:
         folder = Path(name)

@@ -81,7 +81,7 @@ app.add_typer(recipe.app, name="recipe", help="List, show and copy the shipped r
 def main(argv: list[str] | None = None) -> None:
     """Run one command and leave with its exit code: 0 done, 1 an error of the user's, 2 usage, 130 interrupted."""
     words = sys.argv[1:] if argv is None else argv
-    interrupts = _Interrupts(f"\ninterrupted; nothing half-written was left. To go on: {resume_line(words)}")
+    interrupts = _Interrupts(f"\ninterrupted; nothing half-written has its final name. To go on: {resume_line(words)}")
     try:
         interrupts.listen()
         code = _code_of(words)

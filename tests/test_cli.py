@@ -205,7 +205,7 @@ def test_an_interrupt_leaves_with_130_and_its_words_once_at_any_moment(tmp_path:
         [sys.executable, "-c", NEAR_THE_END.format(moment=moment)], capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}, timeout=60,
     )  # fmt: skip
-    words = "\ninterrupted; nothing half-written was left. To go on: engram recipe show x\n"
+    words = "\ninterrupted; nothing half-written has its final name. To go on: engram recipe show x\n"
     assert (child.returncode, child.stderr) == (130, words)
 
 

@@ -4,9 +4,10 @@
 
 Gaussian rows of at least 256 MiB and four times the last-level cache; every call encodes the next 16 MiB of them, so
 that no rows are in the caches; all contenders in one run, interleaved in random order, medians; one thread, by the
-thread's own CPU clock. Our outputs and ggml's are reused, torch allocates its own as its interface has it. Gate: ours
-equal the NumPy codecs bit for bit on every path, ggml's Q8_0 and Q4_0 equal ours bit for bit, torch's lie within their
-own step. torch keeps one scale a row, as our int8-row does; int8 has one for every 32 values.
+thread's own CPU clock. Every call of ours and of torch's allocates its output; the C library keeps what is freed, so
+that nobody pays for fresh pages by luck (ggml's output is reused). Gate: ours equal the NumPy codecs bit for bit on
+every path, ggml's Q8_0 and Q4_0 equal ours bit for bit, torch's lie within their own step. torch keeps one scale a row,
+as our int8-row does; int8 has one for every 32 values.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from engram.runtime.bench_race import BenchError, in_random_order
 from engram.runtime.bench_report import last_level_cache
 
 ROUNDS, CALL_BYTES = 25, 16 << 20
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's mallopt
 Call = Callable[[Floats], Any]
 
 
@@ -130,8 +132,16 @@ def race(calls: dict[str, Call], table: Floats, count: int, rounds: int, seed: i
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+def keep_freed_memory() -> None:
+    """Let the C library give no memory back, where it is glibc."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(MMAP_THRESHOLD, 1 << 30)
+        mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
+
+
 def measure(chosen: argparse.Namespace) -> list[Target]:
     """Every line, printed and written."""
+    keep_freed_memory()
     width = chosen.width
     table_bytes = 64 << 20 if chosen.quick else max(256 << 20, 4 * last_level_cache())
     rounds, count = (3 if chosen.quick else ROUNDS), CALL_BYTES // (4 * width)

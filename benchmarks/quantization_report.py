@@ -20,13 +20,23 @@ LEVELS = (0.999, 0.995, 0.97)
 def write(found: Mapping[str, Any], memories: Mapping[str, Any], page: Path) -> None:
     """The page, its picture beside it, and the JSON."""
     page.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": bench_report.machine(), "memories": dict(memories), "study": dict(found)}
+    studies = {name: {group: part for group, part in study.items() if group != "key"} for name, study in found.items()}
+    content = {"machine": bench_report.machine(), "memories": _placeless(memories), "study": studies}
     bench_report.save_json(RESULTS / "quantization.json", content)
     picture(found, page.with_suffix(".png"))
     parts = [_head(found, memories, page.with_suffix(".png").name)]
     parts += [_memory(name, found[name], memories[name]) for name in found]
     write_whole(page, "\n\n".join(parts).encode() + b"\n")
     say(f"wrote {page}, {page.with_suffix('.png')} and {RESULTS / 'quantization.json'}")
+
+
+def _placeless(value: Any) -> Any:
+    """The same with paths cut to their last name: where files lay is nobody's business."""
+    if isinstance(value, Mapping):
+        return {key: _placeless(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_placeless(part) for part in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def _head(found: Mapping[str, Any], memories: Mapping[str, Any], image: str) -> str:
@@ -54,6 +64,9 @@ small models: they show the shape; for yours, run `engram quantize --gate`.
 | memory | tables | compared tokens | backbone alone | float memory | gain, nats | the same, more text | shuffled rows |
 |---|---|---|---|---|---|---|---|
 """ + "\n".join(rows) + f"""
+
+Where shuffled rows are better than the backbone alone, that part of the gain is in what all rows share, not in which
+row is read.
 
 ![share of the gain kept, and KL divergence, against bits a value]({image})
 

@@ -27,7 +27,7 @@ BITS = {
     "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "BOOL": 8, "F6_E2M3": 6, "F6_E3M2": 6,
     "F4": 4,
 }  # fmt: skip
-_LARGEST_INDEX = 1 << 28
+_LARGEST, _LARGEST_INDEX = (1 << 63) - 1, 1 << 28
 
 
 class TensorFileError(EngramError):
@@ -93,23 +93,26 @@ def _folder(folder: Path) -> TensorFiles:
             raise TensorFileError(f"{folder} holds no .safetensors file", hint="give the folder of the weights")
         return TensorFiles(folder, _joined(found))
     weight_map = _read_index(index)
-    here = [name for name in dict.fromkeys(weight_map.values()) if (folder / name).is_file()]
-    tensors = _joined(folder / name for name in here)
-    for name, shard in weight_map.items():
-        if name not in tensors and shard in here:
+    here = {shard for shard in dict.fromkeys(weight_map.values()) if (folder / shard).is_file()}
+    tensors = _joined((folder / shard for shard in sorted(here)), weight_map)
+    absent = {name: shard for name, shard in weight_map.items() if name not in tensors}
+    for name, shard in absent.items():
+        if shard in here:
             raise TensorFileError(f"{index} says that {shard} holds {name!r}, it does not", hint="fetch it again")
-        if name in tensors and tensors[name].file.name != shard:
-            raise TensorFileError(f"{index} says that {name!r} is in {shard}, it is in {tensors[name].file.name}")
-    absent = {name: shard for name, shard in weight_map.items() if shard not in set(here)}
     return TensorFiles(folder, tensors, absent)
 
 
-def _joined(paths: Iterable[Path]) -> dict[str, Tensor]:
+def _joined(paths: Iterable[Path], weight_map: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """The tensors of all files, each in one file only, and in the one that `weight_map` names."""
     tensors: dict[str, Tensor] = {}
     for path in paths:
+        shard = path.name
         for name, tensor in read_header(path).items():
             if name in tensors:
                 raise TensorFileError(f"tensor {name!r} is in {tensors[name].file} and in {path}")
+            if weight_map is not None and weight_map.get(name, shard) != shard:
+                said = weight_map[name]
+                raise TensorFileError(f"{path.parent / INDEX} says that {name!r} is in {said}, it is in {shard}")
             tensors[name] = tensor
     return tensors
 
@@ -124,8 +127,11 @@ def _read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, RecursionError) as wrong:
         raise TensorFileError(f"{path} is no index with a weight_map: {wrong!r}") from None
     for name, shard in pairs.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or shard in (".", "..", ""):
+        if not isinstance(shard, str):
             raise TensorFileError(f"{path} says that {name!r} is in {shard!r}: a shard is a file beside the index")
+    for shard in set(pairs.values()):
+        if Path(shard).name != shard or "\\" in shard or shard in (".", "..", ""):
+            raise TensorFileError(f"{path} names the shard {shard!r}: a shard is a file beside the index")
     return pairs
 
 
@@ -171,7 +177,10 @@ def _tensor(path: Path, name: str, entry: Any, begin: int, size: int) -> Tensor:
     if not isinstance(dtype, str) or dtype not in BITS:
         raise TensorFileError(f"{path}: tensor {name!r} has the dtype {dtype!r}, safetensors knows {', '.join(BITS)}")
     numbers = (*shape, first, end)
-    if len(shape) > MOST_DIMENSIONS or any(type(n) is not int or not 0 <= n < 1 << 63 for n in numbers):
+    sound = len(shape) <= MOST_DIMENSIONS
+    for number in numbers:
+        sound = sound and type(number) is int and 0 <= number <= _LARGEST
+    if not sound:
         raise TensorFileError(f"{path}: tensor {name!r} has a shape or offsets that cannot be: {entry!r:.200}")
     bits = math.prod(shape) * BITS[dtype]
     if bits % 8 or end - first != bits // 8:

@@ -20,6 +20,7 @@ try:
         bench,
         build_vocab,
         demo,
+        doctor,
         export,
         fill,
         inspect,
@@ -74,6 +75,7 @@ app.command("run")(run.run)
 app.command("warm")(warm.warm)
 app.command("eval")(evaluation.evaluate)
 app.command("demo")(demo.demo)
+app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench", help="Measure rows, hashing and decoding against this machine's limits.")
 app.add_typer(recipe.app, name="recipe", help="List, show and copy the shipped recipes.")
 

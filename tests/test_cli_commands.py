@@ -153,6 +153,7 @@ def test_fill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 def test_quantize(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("engram.quantize.backbone_gguf.check_kind", lambda kind: None)  # llama.cpp need not be here
     words = ["quantize", "ckpt", "--out", "small", "--tables", "nf4", "--json"]
     target = "engram.runtime.quantize_run:quantize_run"
     answer: dict[str, Any] = {"tables": {}, "backbone": "unchanged", "out": "small"}

@@ -7,11 +7,13 @@ TensorFileError, not in a wrong row, a loop or an allocation.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,7 +75,8 @@ def open_files(path: Path) -> TensorFiles:
     Raises TensorFileError for everything that is not consistent.
     """
     if path.is_dir():
-        return _folder(path)
+        with _uncollected():
+            return _folder(path)
     if path.suffix == ".gguf":
         metadata, places = read_places(path)
         tensors = {name: Tensor(path, *place) for name, place in places.items()}
@@ -83,6 +86,18 @@ def open_files(path: Path) -> TensorFiles:
     raise TensorFileError(
         f"{path} is no checkpoint", hint="give a folder with .safetensors files, one .safetensors or one .gguf file"
     )
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: a hundred thousand tensors make no cycles, and would be looked at again and again."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def _folder(folder: Path) -> TensorFiles:

@@ -20,7 +20,7 @@ MANIFESTS = ("engram.json", "layout.json")  # one of them makes a folder an arti
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file that appears under its name only when all of it is on the disk."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     with partial.open("wb") as file:
         file.write(content)
         file.flush()
@@ -77,7 +77,7 @@ def resumable_folder(out: Path, *, force: bool = False, error: type[EngramError]
     at a time: while another one writes there, `error` is raised; and for a folder of that name that is not ours.
     """
     check_replaceable(out, force=force, error=error)
-    work = Unfinished(out.with_name(out.name + ".partial"), out)
+    work = Unfinished(_partial(out), out)
     lock = _locked(work.folder, error)
     try:
         _mark(work.folder, error)
@@ -92,6 +92,15 @@ def resumable_folder(out: Path, *, force: bool = False, error: type[EngramError]
         (work.out / MARK).unlink(missing_ok=True)  # last: a kill before that leaves a folder that is known as ours
     finally:
         os.close(lock)
+
+
+def is_unfinished(out: Path) -> bool:
+    """Whether an earlier run to `out` left a folder to go on in."""
+    return (_partial(out) / MARK).is_file()
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
 
 
 def _locked(folder: Path, error: type[EngramError]) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 
 from engram import Progress
 from engram.builders.atomic import sync_path
+from engram.builders.tensor_files import TensorFileError, read_header
 from engram.kernels.codecs import Codec, CodecError, find_codec
 from engram.quantize.page_reader import Ints, Run
 from engram.quantize.row_store import PAGE, Geometry, RowStoreError
@@ -155,18 +156,15 @@ class ExtentMap:
 def tensor_source(path: Path, name: str) -> Source:
     """A tensor of a safetensors file: its first dimension counts rows. Raises RowStoreError where there is none."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entry = json.loads(file.read(min(length, 1 << 27)))[name]
-        rows, (begin, end) = int(entry["shape"][0]), map(int, entry["data_offsets"])
-        if rows < 1 or (end - begin) % rows or not 0 <= begin < end:
-            raise ValueError
-    except OSError as wrong:
-        raise RowStoreError(f"{path} cannot be read: {wrong.strerror}") from None
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise RowStoreError(f"{path} is no safetensors file with rows in a tensor {name!r}") from None
-    size = (end - begin) // rows
-    return Source(path, 8 + length + begin, size, size, rows)
+        tensor = read_header(path)[name]
+    except (TensorFileError, KeyError) as wrong:
+        why = f": {wrong}" if isinstance(wrong, TensorFileError) else ""
+        raise RowStoreError(f"{path} is no safetensors file with rows in a tensor {name!r}{why}") from None
+    rows = tensor.shape[0] if tensor.shape else 0
+    if not rows or not tensor.bytes:
+        raise RowStoreError(f"{path} is no safetensors file with rows in a tensor {name!r}")
+    size = tensor.bytes // rows
+    return Source(path, tensor.offset, size, size, rows)
 
 
 def map_extents(

@@ -42,11 +42,6 @@ class Journal:
         return bool(json.loads(json.dumps(self.job.get(name))) != found["job"].get(name))
 
     @property
-    def begun(self) -> bool:
-        """Whether a run of the same job could go on."""
-        return bool(self.notes)
-
-    @property
     def due(self) -> bool:
         """Whether it is time to sync what was written and to note it."""
         return time.monotonic() - self._last >= EVERY_S

@@ -31,6 +31,7 @@ PROBE_BYTES = 256 << 20
 LEAST_PROBE = 16 << 20  # of a table that can be probed in place of a file of our own
 DEEP_ENOUGH = 4.0  # times the rate of one read at a time that many at once should reach
 LARGE_READ_AHEAD = 128 << 10  # bytes: what Linux has by default
+_DEVICES = {"/dev/nvidiactl": "NVIDIA GPU", "/dev/kfd": "AMD GPU"}
 _COMPILERS = ("c++", "g++", "clang++")
 _LIBRARIES = {
     "torch": "runs models", "triton": "kernels on a GPU", "torchao": "int8 and int4 backbones",
@@ -108,12 +109,12 @@ def _libraries() -> Iterator[dict[str, str]]:
             yield _finding(name, "not installed", NOTE, f"{purpose}: not here")
 
 
-def _accelerators() -> Iterator[dict[str, str]]:
-    for device, what in (("/dev/nvidiactl", "NVIDIA GPU"), ("/dev/kfd", "AMD GPU")):
-        if Path(device).exists():
-            yield _finding("accelerator", what, OK, "its driver is loaded; torch and Triton decide what they can use")
-    if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
-        yield _finding("accelerator", "none", OK, "everything runs on the CPU; tables need no GPU")
+def _accelerators() -> list[dict[str, str]]:
+    found = [what for device, what in _DEVICES.items() if Path(device).exists()]
+    means = "its driver is loaded; torch and Triton decide what they can use"
+    return [_finding("accelerator", what, OK, means) for what in found] or [
+        _finding("accelerator", "none", OK, "everything runs on the CPU; tables need no GPU")
+    ]
 
 
 def _read_ahead(place: Path) -> dict[str, str]:

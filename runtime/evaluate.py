@@ -228,6 +228,6 @@ def summary(scored: list[Scores], config: EvalConfig) -> dict[str, Any]:
         result[name] = {"nll": mean, "ppl": math.exp(min(mean, 700.0)), "bpb": bits}
     for name, key in (("memory", "gain"), ("zero_table", "gain_zero_table"), ("shuffled_rows", "gain_shuffled_rows")):
         gained_N = lost["backbone"] - lost[name]
-        low, high = over_documents(lambda s: s[0] / s[1], (gained_N, tokens_N), config.seed, config.bootstrap)
+        low, high = over_documents(gained_N, tokens_N, config.seed, config.bootstrap)
         result[key] = {"nll": float(gained_N.sum() / tokens_N.sum()), "ci95": [low, high]}
     return result

@@ -9,22 +9,26 @@ import torch
 from engram import Progress
 from engram.builders.checkpoint import open_checkpoint
 from engram.builders.corpus import CorpusConfig
+from engram.builders.model import EngramModel
 from engram.quantize.backbone_imatrix import Collector, check_importance_target, write_importance
 from engram.runtime.quality_gate import QualityConfig, context_of, float_model, read_windows
 from engram.runtime.row_sources import FloatTables
 
 
 def collect_importance(
-    checkpoint_folder: Path, gguf: Path, text: CorpusConfig, tokens: int, out: Path, progress: Progress, *, force: bool
-) -> None:
+    checkpoint_folder: Path, gguf: Path, text: CorpusConfig, tokens: int, out: Path, progress: Progress, *, force: bool,
+    model: EngramModel | None = None,
+) -> None:  # fmt: skip
     """Run the float model over the text and write `out`, an imatrix GGUF for the tensors of `gguf`.
 
-    Its folder is made. Raises ImportanceError before anything runs where `out` exists (with `force`: where it is no
-    importance matrix), and for a GGUF whose architecture has no known tensor names; and what checkpoint and text raise.
+    Its folder is made. `model`: the checkpoint's float model, where it is open already.
+
+    Raises ImportanceError before anything runs where `out` exists (with `force`: where it is no importance matrix), and
+    for a GGUF whose architecture has no known tensor names; and what checkpoint and text raise.
     """
     check_importance_target(out, force=force)
     checkpoint = open_checkpoint(checkpoint_folder)
-    rows, model = FloatTables(checkpoint), float_model(checkpoint)
+    rows, model = FloatTables(checkpoint), model or float_model(checkpoint)
     config = QualityConfig(text, max_tokens=tokens)
     windows, _ = read_windows(checkpoint, config, context_of(model), progress)
     with (

@@ -6,9 +6,7 @@ Shape letters: N documents, R drawn samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,18 +17,18 @@ _NORMAL = NormalDist()
 
 
 def over_documents(
-    figure: Callable[[tuple[Any, ...]], Any], sums: Sequence[NDArray[np.float64]], seed: int, samples: int = 2000
+    part_N: NDArray[np.float64], whole_N: NDArray[np.float64], seed: int, samples: int = 2000
 ) -> tuple[float, float]:
-    """95 % interval of a figure of sums over documents [N], from documents drawn with replacement.
+    """95 % interval of sum(part) / sum(whole) over documents, from documents drawn with replacement.
 
-    The ends are percentiles of the figure over the samples, taken as far outside as Student's t for N - 1 degrees of
+    The ends are percentiles of that share over the samples, taken as far outside as Student's t for N - 1 degrees of
     freedom is wider than the bootstrap's own spread (Hesterberg 2015, the expanded percentile interval): the plain one
-    is too narrow for a few dozen documents. (nan, nan) where no sample has a figure.
+    is too narrow for a few dozen documents. (nan, nan) where no sample has a share.
     """
-    count = len(sums[0])
+    count = len(part_N)
     drawn_RN = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples)
     with np.errstate(divide="ignore", invalid="ignore"):
-        values_R = np.asarray(figure(tuple(drawn_RN @ values for values in sums)), dtype=np.float64)
+        values_R = (drawn_RN @ part_N) / (drawn_RN @ whole_N)
     values_R = values_R[np.isfinite(values_R)]
     if not len(values_R):
         return math.nan, math.nan

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from engram import Progress
 from engram.builders.checkpoint import Checkpoint, open_checkpoint
 from engram.builders.layout import Layout
+from engram.builders.model import EngramModel
 from engram.builders.token_cache import TokenCache
 from engram.quantize.plan import TablePlan, frequent_plan
 from engram.runtime.calibrate import CalibrateError, RowWeights, count_rows, with_openings
@@ -49,7 +50,7 @@ def overlap(hashes_a: Hashes, hashes_b: Hashes) -> int:
     return len(np.intersect1d(hashes_a, hashes_b))
 
 
-def choose_plans(config: QuantizeRun, progress: Progress) -> Choice:
+def choose_plans(config: QuantizeRun, progress: Progress, model: EngramModel | None = None) -> Choice:
     """Plans by what the calibration text shows, what was traded, as JSON, and the hashes of its documents:
 
         plans         by layer:
@@ -69,6 +70,8 @@ def choose_plans(config: QuantizeRun, progress: Progress) -> Choice:
                       few documents to hold some out
         tried         for --max-loss only, in order: table_bytes, change, ci95, relative, passed
         max_loss      for --max-loss only: asked, nats
+
+    `model`: the checkpoint's float model, where it is open already.
 
     Raises what checkpoint and corpus raise, CalibrateError for a text that reads no row or has too few documents for a
     search, SearchError for a bound that cannot be met.
@@ -91,11 +94,12 @@ def choose_plans(config: QuantizeRun, progress: Progress) -> Choice:
             )
         counted = np.flatnonzero(~np.isin(hashes, hashes[held])).tolist()
         weights = count_rows(cache, layout, counted, progress)
-        model = float_model(checkpoint)
+        model = model or float_model(checkpoint)
+        context = context_of(model)
 
         def windows(tokens: int, documents: Sequence[int], least: int) -> list[Window]:
             sample = Sample(tokens, documents=documents, least=least)
-            return windows_of(checkpoint.folder, cache, sample, context_of(model))[0]
+            return windows_of(checkpoint.folder, cache, sample, context)[0]
 
         opening = windows(_OPENING_TOKENS, counted, 1)
         apart = windows(config.search_tokens, held, _LEAST_HELD) if held else []

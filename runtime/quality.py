@@ -183,13 +183,13 @@ class Judge:
         """Change of the loss against the float model, with its 95 % interval over documents."""
         sums = self.by_document(measured.nats_N - self.float.nats_N), self.by_document(np.ones_like(self.document_N))
         mean = float(sums[0].sum() / sums[1].sum())
-        low, high = over_documents(_ratio, sums, seed)
+        low, high = over_documents(*sums, seed)
         return {"nll": mean, "ci95": [low, high], "relative": mean / self.loss(self.float)}
 
     def gain(self, seed: int) -> dict[str, Any]:
         """What the float memory gains over the backbone alone, nats a token, with its 95 % interval."""
         sums = self.by_document(self.base.nats_N - self.float.nats_N), self.by_document(np.ones_like(self.document_N))
-        low, high = over_documents(_ratio, sums, seed)
+        low, high = over_documents(*sums, seed)
         return {"nll": float(sums[0].sum() / sums[1].sum()), "ci95": [low, high]}
 
     def gain_kept(self, measured: Measured, seed: int) -> dict[str, Any]:
@@ -201,14 +201,14 @@ class Judge:
             return {"share": None, "ci95": None}
         gains = self.base.nats_N - measured.nats_N, self.base.nats_N - self.float.nats_N
         sums = self.by_document(gains[0]), self.by_document(gains[1])
-        low, high = over_documents(_ratio, sums, seed)
+        low, high = over_documents(*sums, seed)
         return {"share": float(sums[0].sum() / sums[1].sum()), "ci95": [low, high]}
 
     def divergence(self, measured: Measured, seed: int) -> dict[str, Any]:
         """KL divergence from the float model's next-token distribution, and how often the likeliest token agrees."""
         assert measured.kl_N is not None and measured.same_N is not None
         sums = self.by_document(measured.kl_N), self.by_document(np.ones_like(self.document_N))
-        low, high = over_documents(_ratio, sums, seed)
+        low, high = over_documents(*sums, seed)
         return {
             "kl": {"mean": float(measured.kl_N.mean()), "ci95": [low, high],
                    "p99": float(np.quantile(measured.kl_N, 0.99)), "max": float(measured.kl_N.max())},
@@ -254,10 +254,6 @@ def _opening(model: EngramModel, layer: int, hidden: Tensor, memory_BTE: Tensor)
     stream = (hidden.unsqueeze(-2) if hidden.dim() == 3 else hidden).to(gate.value_proj.weight.dtype)
     opened: NDArray[np.float64] = gate.open(stream, memory_BTE)[0].double().square().mean(-1).numpy()
     return opened
-
-
-def _ratio(sums: tuple[Any, ...]) -> Any:
-    return sums[0] / sums[1]
 
 
 def _joined(parts: Sequence[Tensor]) -> NDArray[np.float64]:

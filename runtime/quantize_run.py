@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engram import Progress
-from engram.builders.atomic import MARK
+from engram.builders.atomic import is_unfinished
 from engram.builders.backbone import BackboneRef
 from engram.builders.checkpoint import open_checkpoint
 from engram.builders.corpus import CorpusConfig, files
@@ -18,6 +18,9 @@ from engram.quantize.backbone_imatrix import check_importance_target, importance
 from engram.quantize.folder import check_target, rejected_name
 from engram.quantize.tables import QuantizeConfig, QuantizeError, quantize
 from engram.runtime.quantize_config import AUTO, BackboneWish, QuantizeRun
+
+if TYPE_CHECKING:
+    from engram.builders.model import EngramModel  # with torch
 
 
 def quantize_run(config: QuantizeRun, progress: Progress | None = None) -> dict[str, Any]:
@@ -42,12 +45,13 @@ def quantize_run(config: QuantizeRun, progress: Progress | None = None) -> dict[
         gate = Gate(
             config.checkpoint, QualityConfig(config.gate, config.max_loss, config.gate_tokens, seed=config.seed), seen
         )
+    model = None if gate is None else gate.model  # opened once a run
     traded: dict[str, Any] = {}
     plans = None
     if config.calibrate is not None:
         from engram.runtime.plan_choice import choose_plans, overlap  # with torch: only where a model runs
 
-        choice = choose_plans(config, seen)
+        choice = choose_plans(config, seen, model)
         plans, traded = choice.plans, choice.traded
         if gate is not None and (shared := overlap(gate.hashes, choice.hashes)):
             seen.say(
@@ -57,7 +61,7 @@ def quantize_run(config: QuantizeRun, progress: Progress | None = None) -> dict[
             gate.shared = shared
     codec = "mixed" if config.tables == AUTO else config.tables
     if wish is not None and backbone is not None and isinstance(wish.importance, CorpusConfig):
-        backbone = _weighed(config, wish.importance, backbone, wish.importance_tokens, seen)
+        backbone = _weighed(config, wish.importance, backbone, wish.importance_tokens, seen, model)
     record: dict[str, Any] = {}
     if traded:
         others = {name: value for name, value in traded.items() if name != "plans"}
@@ -96,14 +100,14 @@ def _matrix(config: QuantizeRun) -> Path:
 
 def _goes_on(config: QuantizeRun, text: CorpusConfig) -> bool:
     """Whether the unfinished run that this one goes on with has made the matrix of the same text."""
-    unfinished = config.out.with_name(config.out.name + ".partial") / MARK
     matrix = _matrix(config)
-    return unfinished.is_file() and matrix.is_file() and importance_texts(matrix) == list(text.sources)
+    return is_unfinished(config.out) and matrix.is_file() and importance_texts(matrix) == list(text.sources)
 
 
 def _weighed(
-    config: QuantizeRun, text: CorpusConfig, backbone: BackboneConfig, tokens: int, progress: Progress
-) -> BackboneConfig:
+    config: QuantizeRun, text: CorpusConfig, backbone: BackboneConfig, tokens: int, progress: Progress,
+    model: EngramModel | None,
+) -> BackboneConfig:  # fmt: skip
     """The same with an importance matrix of the text, made now and kept beside `out`.
 
     A run that goes on uses the matrix that it began with.
@@ -115,5 +119,7 @@ def _weighed(
     if _goes_on(config, text):
         progress.say(f"importance matrix: {target}, from the run that is gone on with")
     else:
-        collect_importance(config.checkpoint, gguf, text, tokens, target, progress, force=config.force)
+        collect_importance(
+            config.checkpoint, gguf, text, tokens, target, progress, force=config.force, model=model
+        )
     return replace(backbone, importance=target)

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from texts import PLAIN_WORDS
 
 from engram.builders.corpus import CorpusConfig
 from engram.quantize.package import ExportConfig, export_package
 from engram.runtime.engine import Model
 from engram.runtime.evaluate import EvalConfig, EvaluateError, Scorer, common_length, evaluate, shuffled
-
-WORDS = "memory table rows disk read numbers model the of a has are from their by and is".split()
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +41,7 @@ def early(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def data(tmp_path: Path) -> CorpusConfig:
     generator = np.random.default_rng(0)
-    texts = [" ".join(generator.choice(WORDS, size=60 + 40 * i)) for i in range(6)]
+    texts = [" ".join(generator.choice(PLAIN_WORDS, size=60 + 40 * i)) for i in range(6)]
     path = tmp_path / "held-out.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return CorpusConfig((str(path),))

@@ -18,7 +18,7 @@ def misses(count: int, trials: int = 400) -> float:
     for trial in range(trials):
         whole = generator.uniform(50, 500, size=count)
         part = whole * generator.normal(0.1, 0.1, size=count)
-        low, high = over_documents(lambda s: s[0] / s[1], (part, whole), trial, 1000)
+        low, high = over_documents(part, whole, trial, 1000)
         missed += not low <= 0.1 <= high
     return missed / trials
 
@@ -34,12 +34,12 @@ def test_two_documents_are_too_few_and_that_is_why_a_verdict_wants_more() -> Non
 
 def test_of_many_documents_it_is_the_normal_interval() -> None:
     values = np.random.default_rng(0).normal(3.0, 2.0, size=400)
-    low, high = over_documents(lambda s: s[0] / s[1], (values, np.ones(400)), 0, 20_000)
+    low, high = over_documents(values, np.ones(400), 0, 20_000)
     half = NormalDist().inv_cdf(0.975) * values.std(ddof=1) / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
 
 
-def test_the_same_seed_gives_the_same_interval_and_no_figure_gives_none() -> None:
+def test_the_same_seed_gives_the_same_interval_and_no_share_gives_none() -> None:
     sums = (np.arange(9.0), np.ones(9))
-    assert over_documents(lambda s: s[0] / s[1], sums, 4) == over_documents(lambda s: s[0] / s[1], sums, 4)
-    assert all(map(math.isnan, over_documents(lambda s: s[0] / s[1], (np.zeros(9), np.zeros(9)), 0)))
+    assert over_documents(*sums, 4) == over_documents(*sums, 4)
+    assert all(map(math.isnan, over_documents(np.zeros(9), np.zeros(9), 0)))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from texts import write_lines
 
 from engram import Progress
 from engram.builders.checkpoint import open_checkpoint
@@ -23,8 +24,6 @@ from engram.runtime.quality_gate import float_model
 from engram.runtime.quantize_config import Bound, QuantizeRun
 from engram.runtime.quantize_run import quantize_run
 from engram.runtime.row_sources import StoredRows
-
-WORDS = "memory table rows disk read numbers model the of a has are from their by and is".split()
 
 
 class Heard(Progress):
@@ -48,11 +47,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def text(folder: Path, count: int, words: int = 60, seed: int = 0) -> CorpusConfig:
-    generator = np.random.default_rng(seed)
-    lines = [json.dumps({"text": " ".join(generator.choice(WORDS, size=words))}) for _ in range(count)]
-    path = folder / f"text-{count}-{words}-{seed}.jsonl"
-    path.write_text("\n".join(lines))
-    return CorpusConfig((str(path),))
+    return write_lines(folder / f"text-{count}-{words}-{seed}.jsonl", np.random.default_rng(seed), count, words)
 
 
 def chosen(made: Path, data: CorpusConfig, tables: str, **options: Any) -> Choice:

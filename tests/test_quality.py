@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from texts import PLAIN_WORDS
 
 from engram import Progress
 from engram.builders.checkpoint import Checkpoint, open_checkpoint
@@ -23,8 +24,6 @@ from engram.runtime.quality_gate import Gate, QualityConfig, float_model
 from engram.runtime.quantize_config import Bound, QualityError
 from engram.runtime.readout import Readout
 from engram.runtime.row_sources import FloatTables, PlannedRows, StoredRows
-
-WORDS = "memory table rows disk read numbers model the of a has are from their by and is".split()
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +172,7 @@ def test_continuations_are_what_a_session_writes(made: Path, tmp_path: Path) -> 
 def held_out(tmp_path: Path) -> CorpusConfig:
     generator = np.random.default_rng(0)
     for i in range(8):
-        (tmp_path / f"text-{i}.txt").write_text(" ".join(generator.choice(WORDS, size=60)))
+        (tmp_path / f"text-{i}.txt").write_text(" ".join(generator.choice(PLAIN_WORDS, size=60)))
     return CorpusConfig((str(tmp_path / "text-*.txt"),))
 
 

@@ -14,6 +14,7 @@ import pytest
 import tiny
 from float_tables import Recorder
 from gguf_llama import write_gguf
+from texts import write_lines
 
 from engram import EngramError
 from engram.builders.atomic import MARK
@@ -30,7 +31,6 @@ from engram.runtime.quantize_run import quantize_run
 from engram.runtime.row_sources import StoredRows
 
 Texts = dict[str, CorpusConfig]
-WORDS = "memory table rows disk read numbers model the of a has are from their by and is".split()
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Texts:
     """Text for calibration, and other text of the same kind to judge by."""
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
-    generator = np.random.default_rng(0)
+    generator, found = np.random.default_rng(0), {}
     for part in ("calibrate", "gate"):
-        lines = [json.dumps({"text": " ".join(generator.choice(WORDS, size=80))}) for _ in range(12)]
-        (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
-    return {part: CorpusConfig((str(tmp_path / f"{part}.jsonl"),)) for part in ("calibrate", "gate")}
+        found[part] = write_lines(tmp_path / f"{part}.jsonl", generator, 12, 80)
+    return found
 
 
 def command(*words: object) -> tuple[int, Any]:

@@ -6,8 +6,12 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from engram.builders.corpus import CorpusConfig
+
+PLAIN_WORDS = "memory table rows disk read numbers model the of a has are from their by and is".split()
 WORDS = "the The river bridge of stone was built in 1871 by men Who knew É water, fire. and Ice\n".split(" ")
 
 
@@ -31,6 +35,13 @@ def write_tokenizer(folder: Path, size: int = 320) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "pad_token": {"content": "<pad>"}}))
     return folder / "tokenizer.json"
+
+
+def write_lines(path: Path, generator: np.random.Generator, count: int, words: int) -> CorpusConfig:
+    """A .jsonl file of texts whose words are drawn alike, and the corpus of it."""
+    lines = [json.dumps({"text": " ".join(generator.choice(PLAIN_WORDS, size=words))}) for _ in range(count)]
+    path.write_text("\n".join(lines))
+    return CorpusConfig((str(path),))
 
 
 def write_corpus(path: Path, documents: int, words: int = 60, seed: int = 1) -> list[str]:

@@ -262,10 +262,14 @@ def test_pieces_cover_a_ticket_and_map_few_folios(tmp_path: Path, io: str) -> No
         for these in (rows, np.sort(rows)):
             edges = table._reader.pieces(table.ask(these), 4)
             assert edges[0] == 0 and edges[-1] == len(rows) and edges == sorted(set(edges))
-            pieces = [these[begin:end] for begin, end in zip(edges[:-1], edges[1:], strict=True)]
-            # The line may begin anywhere in a folio: one more may be touched than the rows' own places say.
-            assert max(len(np.unique(piece // 512)) for piece in pieces) <= 5
-            assert len(pieces) >= (10 if these is not rows else 500)
+            # Where a stretch begins depends on where the file was mapped: one place of 512 must explain all pieces.
+            inside = np.ones(len(these), dtype=bool)
+            inside[edges[:-1]] = False
+            assert any(
+                np.add.reduceat(inside & np.r_[False, np.diff((these + first) // 512) != 0], edges[:-1]).max() < 4
+                for first in range(512)
+            )
+            assert len(edges) - 1 >= (10 if these is not rows else 500)
         assert table._reader.pieces(table.ask(rows[:0]), 4)[0] == 0
 
 

@@ -104,10 +104,10 @@ def plain_loop(source: Path, target: Path, written_bytes: int) -> float:
 class Run:
     """The command in a process of its own, and what it cost."""
 
-    def __init__(self, command: Sequence[str], folder: Path, codec: str) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, arguments: Sequence[str]) -> None:
         root = str(Path(__file__).resolve().parent.parent)
         paths = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-        words = [*command, "quantize", str(folder / "float"), "--out", str(folder / "out"), "--tables", codec, "--json"]
+        words = [*command, *arguments, "--out", str(folder / "out"), "--json"]
         self._words = folder / "words.txt"
         begin = time.monotonic()
         with self._words.open("wb") as words_file:
@@ -128,7 +128,7 @@ class Run:
         self.seconds = time.monotonic() - self._begin
         assert self._child.stdout is not None
         if self._child.returncode:
-            raise SystemExit(f"engram quantize ended with {self._child.returncode}: {self.said}")
+            raise SystemExit(f"the command ended with {self._child.returncode}: {self.said}")
         found: dict[str, Any] = json.loads(self._child.stdout.read())
         return found
 
@@ -170,11 +170,12 @@ def measure(chosen: argparse.Namespace) -> list[Target]:
         say(f"making a table of {gib:g} GiB")
         source = make_checkpoint(folder, gib, chosen.seed)
         written = folder / "out" / table_file(LAYER)
+        wanted = ["quantize", str(folder / "float"), "--tables", chosen.codec]
         disk, ours, peaks, whole = [], [], [], ""
         rows = result_bytes = 0
         for number in range(1 if chosen.quick else chosen.rounds):
             make_cold(source)
-            run = Run(COMMAND, folder, chosen.codec)
+            run = Run(COMMAND, folder, wanted)
             report = run.wait()
             assert report is not None
             ours.append(run.seconds)
@@ -186,11 +187,11 @@ def measure(chosen: argparse.Namespace) -> list[Target]:
             say(f"round {number + 1}: quantize {ours[-1]:.2f} s, plain loop {disk[-1]:.2f} s, "
                 f"{peaks[-1] / 2**20:.0f} MiB resident")  # fmt: skip
         make_cold(source)
-        killed = Run(OFTEN, folder, chosen.codec)
+        killed = Run(OFTEN, folder, wanted)
         if killed.wait(stop=lambda: noted_rows(folder) * 2 >= rows) is not None:
             raise SystemExit("the command ended before it could be killed: take a larger --gib")
         kept = noted_rows(folder)
-        again = Run(COMMAND, folder, chosen.codec)
+        again = Run(COMMAND, folder, wanted)
         report = again.wait()
         assert report is not None
         went_on = f"going on at row {kept:,}" in again.said

@@ -17,6 +17,7 @@ from engram.builders.atomic import sync_tree
 from engram.builders.fetch import hash_file
 from engram.builders.gguf_header import read_metadata, read_tensors
 
+KINDS = ("hf", "gguf", "embedded", "none")
 _WEIGHTS = (".safetensors", ".json")
 
 
@@ -29,7 +30,7 @@ class BackboneRef:
     """Where a backbone is and what it must hash to.
 
     kind "hf": a folder or hub name in transformers' format; "gguf": one file; "embedded": the folder `backbone/`
-    beside the manifest, holding either.
+    beside the manifest, holding either; "none": there is none here, `path` says in words which one it is.
     """
 
     kind: str
@@ -39,8 +40,8 @@ class BackboneRef:
 
     def __post_init__(self) -> None:
         """Refuse kinds and dtypes that no loader knows."""
-        if self.kind not in ("hf", "gguf", "embedded"):
-            raise BackboneError(f"backbone kind {self.kind!r} is not known", hint="use one of: hf, gguf, embedded")
+        if self.kind not in KINDS:
+            raise BackboneError(f"backbone kind {self.kind!r} is not known", hint="use one of: " + ", ".join(KINDS))
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise BackboneError(f"backbone dtype {self.dtype!r} is not known", hint="use float32, bfloat16 or float16")
 
@@ -115,6 +116,11 @@ def load_backbone(ref: BackboneRef, beside: Path = Path(), dtype: str | None = N
         from transformers.modeling_utils import PreTrainedModel  # noqa: F401
     from transformers.utils import logging
 
+    if ref.kind == "none":
+        raise BackboneError(
+            f"{beside} holds the tables of {ref.path}, and no backbone",
+            hint="it was converted from a published checkpoint: other engines run it; engram hash and verify work",
+        )
     wanted = getattr(torch, dtype or ref.dtype)
     source, gguf = ref.path, None
     if ref.kind == "embedded":

@@ -181,7 +181,8 @@ class _Demo:
         return quantize(QuantizeConfig(checkpoint, self.out / "quantized", "nf4", force=True), self.seen)
 
     def export(self) -> dict[str, Any]:
-        from engram.quantize.package import ExportConfig, export_package, verify_package
+        from engram.quantize.package import ExportConfig, export_package
+from engram.quantize.verify import verify_package
 
         exported = export_package(ExportConfig(self.out / "quantized", self.out / "package", force=True), self.seen)
         return exported | {"verify": verify_package(self.out / "package", self.seen)}

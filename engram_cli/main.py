@@ -19,6 +19,7 @@ try:
     from engram.cli import (
         bench,
         build_vocab,
+        convert,
         demo,
         doctor,
         export,
@@ -67,6 +68,7 @@ app.command("build-vocab")(build_vocab.build_vocab)
 app.command("hash")(hashing.hash_rows)
 app.command("train")(train.train)
 app.command("fill")(fill.fill)
+app.command("convert")(convert.convert)
 app.command("quantize")(quantize.quantize)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -12,12 +12,16 @@ from engram.cli import options, progress, ui
 
 def verify(
     package: Annotated[Path, typer.Argument(metavar="PACKAGE", help="A package folder.")],
+    against: Annotated[
+        Optional[Path],
+        typer.Option(metavar="SOURCE", help="The published checkpoint that it was converted from: compare with that."),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Check a package; exit 1 when something is wrong."""
-    from engram.quantize.package import verify_package
+    from engram.quantize.verify import verify_package
 
-    result = verify_package(package, progress.on_screen())
+    result = verify_package(package, progress.on_screen(), against=against)
     ui.report(result, json, title=str(package))
     if not result["ok"]:
         raise typer.Exit(1)

@@ -1,7 +1,7 @@
 """The extent map: a small file that says where the rows of a table lie in foreign files, which stay as they are.
 
-FORMAT.md section 1.6 specifies it; extent_table.py reads rows through it. Shape letters: X extents, B blocks, K bytes
-a row.
+FORMAT.md section 1.6 specifies it; extent_writer.py makes it, extent_table.py reads through it. Shape letters:
+X extents, B blocks, K bytes a row.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from engram import Progress
-from engram.builders.atomic import sync_path
 from engram.builders.tensor_files import TensorFileError, read_header
 from engram.kernels.codecs import Codec, CodecError, find_codec
 from engram.quantize.page_reader import Ints, Run
@@ -28,7 +26,6 @@ VERSION = 1
 SUFFIX = ".extents.safetensors"
 _FIELDS = ("format", "version", "codec", "codec_version", "width", "rows", "layer", "parts", "files")
 _MOST_EXTENTS, _LONGEST_HEADER = 1 << 16, 1 << 24
-_STREAM_BLOCKS = 512
 
 
 class Source(NamedTuple):
@@ -165,72 +162,6 @@ def tensor_source(path: Path, name: str) -> Source:
         raise RowStoreError(f"{path} is no safetensors file with rows in a tensor {name!r}")
     size = tensor.bytes // rows
     return Source(path, tensor.offset, size, size, rows)
-
-
-def map_extents(
-    out: Path,
-    parts: Sequence[Sequence[Source]],
-    codec: Codec,
-    *,
-    rows: int,
-    width: int,
-    layer: int,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write an extent map over rows that lie in other files; those are read once for their checksums, never written.
-
-    `parts` has, for each part of a row, the sources that hold its rows one after another. Paths inside the map's folder
-    are recorded relative to it, others in full. Returns {"files", "extents", "blocks", "bytes"}. Raises RowStoreError
-    for sources that do not make the table, or end before their last row.
-    """
-    paths = list(dict.fromkeys(source.path.resolve() for part in parts for source in part))
-    extents = []
-    for number, part in enumerate(parts):
-        first = 0
-        for source in part:
-            if source.bytes != part[0].bytes:
-                raise RowStoreError(
-                    f"{source.path} has rows of {source.bytes} bytes, {part[0].path} of {part[0].bytes}"
-                )
-            extents.append(
-                Extent(number, paths.index(source.path.resolve()), first, source.rows, source.offset, source.stride)
-            )
-            first += source.rows
-    folder = out.parent.resolve()
-    try:
-        files = [(_recorded(path, folder), path.stat().st_size) for path in paths]
-    except OSError as wrong:
-        raise RowStoreError(f"{wrong.filename} cannot be read: {wrong.strerror}") from None
-    extent_map = ExtentMap(codec, rows, width, layer, [part[0].bytes for part in parts if part], files, extents)
-    partial = out.with_name(out.name + ".partial")
-    head = extent_map.head
-    try:
-        with partial.open("wb") as target:
-            target.write(head)
-            with (progress or Progress()).task(f"checksums of layer {layer}", extent_map.blocks, "blocks") as task:
-                for run in extent_map.runs:
-                    with paths[run.file].open("rb") as file:
-                        file.seek(run.first_block * PAGE)
-                        for done in range(0, run.blocks, _STREAM_BLOCKS):
-                            count = min(_STREAM_BLOCKS, run.blocks - done)
-                            data = memoryview(file.read(count * PAGE))
-                            if len(data) <= (count - 1) * PAGE:
-                                raise RowStoreError(f"{paths[run.file]} became shorter while it was read")
-                            sums = [zlib.crc32(data[i : i + PAGE]) for i in range(0, len(data), PAGE)]
-                            target.write(np.array(sums, dtype="<u4").tobytes())
-                            task.advance(count)
-            target.write(zlib.crc32(head).to_bytes(4, "little"))
-            target.flush()
-            os.fsync(target.fileno())
-        partial.rename(out)
-        sync_path(out.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-    return {"files": len(files), "extents": len(extents), "blocks": extent_map.blocks, "bytes": out.stat().st_size}
-
-
-def _recorded(path: Path, folder: Path) -> str:
-    return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
 
 
 def read_map(handle: int, path: Path) -> ExtentMap:

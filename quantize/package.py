@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from engram import EngramError, Progress, __version__
 from engram.builders import checkpoint as checkpoints
-from engram.builders.atomic import MARK, atomic_folder
+from engram.builders.atomic import MARK, atomic_folder, write_whole
 from engram.builders.backbone import BackboneRef
 from engram.builders.checkpoint import DENSE, MANIFEST, TOKENIZER_FILES, table_file
 from engram.builders.fetch import hash_file
@@ -48,7 +48,8 @@ _FIELDS = {
 }
 _SEAL = re.compile(rb'"manifest_seal": "([0-9a-f]{64})"')
 _UNSEALED = b"0" * 64
-_SMALL = 1 << 20  # larger backbone files are hashed by verify, not at every open
+_LARGE = ("backbone/", "source/")  # files of these folders may be large:
+_SMALL = 1 << 20  # beyond this they are hashed by verify, not at every open
 
 
 class PackageError(EngramError):
@@ -126,7 +127,9 @@ def export_package(config: ExportConfig, progress: Progress | None = None) -> di
                 for layer in layout.layers
             }
             small = {}
-            for name in (DENSE, *TOKENIZER_FILES, *([TOKEN_MAP] if layout.token_map is not None else [])):
+            names = (DENSE, *TOKENIZER_FILES, *([TOKEN_MAP] if layout.token_map is not None else []))
+            tables_only = manifest["backbone"]["kind"] == "none"
+            for name in manifest["sha256"] if tables_only else names:
                 if (config.source / name).is_file():
                     small[name] = copy_hashed(config.source / name, folder / name)
                 elif name != TOKENIZER_FILES[1]:
@@ -136,23 +139,45 @@ def export_package(config: ExportConfig, progress: Progress | None = None) -> di
             reference = BackboneRef.from_json(manifest["backbone"])
             place = _embed if config.embed_backbone else _refer
             backbone = place(reference, config.source, folder, progress)
-            files = [path for path in _files(folder) if path != folder / MARK]
-            sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+            sizes = file_sizes(folder)
             origin = manifest.get("origin", {}) | {k: v for k, v in manifest.items() if k not in _FIELDS}
-            content = {
-                "format": FORMAT, "version": VERSION, "manifest_seal": _UNSEALED.decode(),
-                "engram": __version__, "origin": origin,
-                "layout": layout.to_json(), "gate": manifest["gate"], "backbone": backbone.to_json(),
-                "tables": written, "sha256": small, "bytes": sizes,
-            }  # fmt: skip
-            data = (json.dumps(content, indent=1) + "\n").encode()
-            data = data.replace(_UNSEALED, hashlib.sha256(data).hexdigest().encode(), 1)
-            (folder / MANIFEST).write_bytes(data)
+            write_manifest(
+                folder, origin=origin, layout=layout, gate=manifest["gate"], backbone=backbone, tables=written,
+                sha256=small, sizes=sizes,
+            )  # fmt: skip
+            size = (folder / MANIFEST).stat().st_size
     return {
-        "out": str(config.out), "files": len(sizes) + 1, "bytes": sum(sizes.values()) + len(data),
+        "out": str(config.out), "files": len(sizes) + 1, "bytes": sum(sizes.values()) + size,
         "tables": {n: {"codec": t["codec"], "rows": t["rows"], "bytes": entry_bytes(t)} for n, t in written.items()},
         "backbone": backbone.kind, "seconds": time.monotonic() - begin,
     }  # fmt: skip
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Every file below a folder that is being written, but its mark, and its size."""
+    files = [path for path in _files(folder) if path != folder / MARK]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    origin: Mapping[str, Any],
+    layout: Layout,
+    gate: Mapping[str, Any],
+    backbone: BackboneRef,
+    tables: Mapping[str, Any],
+    sha256: Mapping[str, str],
+    sizes: Mapping[str, int],
+) -> None:
+    """Write and seal engram.json, the last file of a package (FORMAT.md 3.1)."""
+    content = {
+        "format": FORMAT, "version": VERSION, "manifest_seal": _UNSEALED.decode(), "engram": __version__,
+        "origin": dict(origin), "layout": layout.to_json(), "gate": dict(gate), "backbone": backbone.to_json(),
+        "tables": dict(tables), "sha256": dict(sha256), "bytes": dict(sizes),
+    }  # fmt: skip
+    data = (json.dumps(content, indent=1) + "\n").encode()
+    write_whole(folder / MANIFEST, data.replace(_UNSEALED, hashlib.sha256(data).hexdigest().encode(), 1))
 
 
 def _refused(manifest: Any) -> bool:
@@ -174,10 +199,10 @@ def open_source(folder: Path) -> Iterator[tuple[dict[str, Any], Layout, dict[int
         yield opened.manifest, opened.layout, None
         return
     if manifest["format"] == quantized.FORMAT:
-        with _as_package_errors(folder):
+        with as_package_errors(folder):
             checkpoints.check_small_files(folder, manifest)
             layout = Layout.load(folder)
-            package = Package(folder, manifest, layout, _open_tables(folder, manifest, layout, "first-touch"))
+            package = Package(folder, manifest, layout, open_tables(folder, manifest, layout, "first-touch"))
     else:
         package = open_package(folder)
     with package:
@@ -251,16 +276,16 @@ def open_package(folder: Path, *, verify: str = "first-touch", io: str = "auto")
 
     Raises PackageError, naming the file and what is wrong with it.
     """
-    with _as_package_errors(folder):
-        manifest = _read_manifest(folder)
-        for problem in _file_problems(folder, manifest, whole=False):
+    with as_package_errors(folder):
+        manifest = read_sealed(folder)
+        for problem in file_problems(folder, manifest, whole=False):
             raise PackageError(problem, hint="copy the package again, or export it again")
         layout = Layout.load(folder)
-        return Package(folder, manifest, layout, _open_tables(folder, manifest, layout, verify, io))
+        return Package(folder, manifest, layout, open_tables(folder, manifest, layout, verify, io))
 
 
 @contextmanager
-def _as_package_errors(folder: Path) -> Iterator[None]:
+def as_package_errors(folder: Path) -> Iterator[None]:
     """Every way in which a package is wrong is a PackageError."""
     try:
         yield
@@ -276,7 +301,7 @@ def _as_package_errors(folder: Path) -> Iterator[None]:
         raise PackageError(f"{wrong.filename or folder} cannot be read: {wrong.strerror}") from wrong
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_sealed(folder: Path) -> dict[str, Any]:
     """The manifest, after its format, version, seal and keys were checked."""
     path = folder / MANIFEST
     if not path.is_file():
@@ -302,7 +327,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _file_problems(folder: Path, manifest: dict[str, Any], *, whole: bool) -> Iterator[str]:
+def file_problems(folder: Path, manifest: dict[str, Any], *, whole: bool) -> Iterator[str]:
     """What is wrong with the files that the manifest names; `whole` hashes the large ones too."""
     backbone = manifest["backbone"]
     hashes: dict[str, str] = dict(manifest["sha256"])
@@ -325,7 +350,7 @@ def _file_problems(folder: Path, manifest: dict[str, Any], *, whole: bool) -> It
         elif path.stat().st_size != size:
             kind = "truncated" if path.stat().st_size < size else "longer"
             yield f"{path} has {path.stat().st_size} bytes, the manifest says {size}: it is {kind}"
-        elif whole or name in manifest["sha256"] or (name.startswith("backbone/") and size <= _SMALL):
+        elif whole or not name.startswith("tables/") and (size <= _SMALL or not name.startswith(_LARGE)):
             if (found := hash_file(path)) != hashes[name]:
                 yield f"{path} has SHA-256 {found}, the manifest says {hashes[name]}: it was altered"
     for path in [*_files(folder / "tables"), *_files(folder / "backbone")]:
@@ -333,20 +358,21 @@ def _file_problems(folder: Path, manifest: dict[str, Any], *, whole: bool) -> It
             yield f"{path} is not part of the package: the manifest does not name it"
 
 
-def _open_tables(
+def open_tables(
     folder: Path, manifest: dict[str, Any], layout: Layout, verify: str, io: str = "auto"
 ) -> dict[int, RowTable]:
     """Map the tables after comparing each with manifest and layout; all are closed again if one is refused."""
-    for name in ("tables", "gate"):
-        if sorted(map(int, manifest[name])) != sorted(layout.layers):
+    tables_only = manifest["backbone"]["kind"] == "none"
+    for name, layers in (("tables", layout.layers), ("gate", () if tables_only else layout.layers)):
+        if sorted(map(int, manifest[name])) != sorted(layers):
             raise PackageError(
                 f"{folder / MANIFEST} has {name} for layers {sorted(map(int, manifest[name]))}, "
-                f"its layout has {sorted(layout.layers)}"
+                f"its layout has {sorted(layers)}"
             )
     opened: dict[int, RowTable] = {}
     try:
         for layer in layout.layers:
-            opened[layer] = _open_table(folder, manifest["tables"][str(layer)], layer, layout, verify, io)
+            opened[layer] = open_package_table(folder, manifest["tables"][str(layer)], layer, layout, verify, io)
     except BaseException:
         for table in opened.values():
             table.close()
@@ -354,7 +380,7 @@ def _open_tables(
     return opened
 
 
-def _open_table(
+def open_package_table(
     folder: Path, entry: dict[str, Any], layer: int, layout: Layout, verify: str, io: str = "auto"
 ) -> RowTable:
     return open_entry(
@@ -364,58 +390,3 @@ def _open_table(
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-
-
-# Verifying
-
-
-def verify_package(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Check everything: whole files, every page, every row, the backbone; all problems are gathered, none raised.
-
-    Returns {"ok", "checked": {"files", "bytes", "tables", "pages", "rows"}, "problems"}. Raises PackageError only where
-    there is no package at all.
-    """
-    progress = progress or Progress()
-    checked = {"files": 0, "bytes": 0, "tables": 0, "pages": 0, "rows": 0}
-    problems: list[str] = []
-    if not (folder / MANIFEST).is_file():
-        raise PackageError(f"{folder} is no package: it holds no {MANIFEST}", hint="make one with: engram export")
-    try:
-        with _as_package_errors(folder):
-            manifest = _read_manifest(folder)
-            with progress.task("hash all files"):
-                problems += _file_problems(folder, manifest, whole=True)
-            checked["files"], checked["bytes"] = len(manifest["bytes"]), sum(manifest["bytes"].values())
-            layout = Layout.load(folder)
-            for layer in layout.layers:
-                problems += _table_problems(folder, manifest, layer, layout, checked, progress)
-            Package(folder, manifest, layout, _open_tables(folder, manifest, layout, "off")).close()
-            reference = BackboneRef.from_json(manifest["backbone"])
-            if reference.kind != "embedded":
-                reference.verify(folder)
-    except PackageError as wrong:
-        problems.append(str(wrong))
-    problems = list(dict.fromkeys(problems))
-    return {"ok": not problems, "checked": checked, "problems": problems}
-
-
-def _table_problems(
-    folder: Path, manifest: dict[str, Any], layer: int, layout: Layout, checked: dict[str, int], progress: Progress
-) -> Iterator[str]:
-    """What is wrong with a table's header, pages and rows: the first of each kind."""
-    try:
-        with _as_package_errors(folder), _open_table(
-            folder, manifest["tables"][str(layer)], layer, layout, "first-touch"
-        ) as table, progress.task(f"layer {layer}", table.rows, "rows") as task:  # fmt: skip
-            for first, block in table.decoded_blocks():
-                finite = np.isfinite(block).all(axis=1)
-                if not finite.all():
-                    raise PackageError(
-                        f"table file {table.path} (layer {layer}): row {first + int(finite.argmin())} is not finite"
-                    )
-                task.advance(len(block))
-            checked["tables"] += 1
-            checked["pages"] += table.pages
-            checked["rows"] += table.rows
-    except PackageError as wrong:
-        yield str(wrong)

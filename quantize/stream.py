@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,10 @@ from engram.kernels.codecs import Bytes, Codec, Floats
 from engram.quantize.row_store import RowWriter
 from engram.quantize.write_behind import forget
 
-_BLOCK_BYTES = 4 << 20
-_AHEAD = 4  # blocks
+BLOCK_BYTES = 4 << 20
+AHEAD = 4  # blocks
+Buffer = TypeVar("Buffer")
+Block = TypeVar("Block")
 
 
 class StreamError(EngramError):
@@ -56,6 +58,26 @@ class RowErrors:
         return math.sqrt(self.lost / self.whole) if self.whole else 0.0
 
 
+def read_ahead(
+    starts: Sequence[int], ring: Sequence[Buffer], read: Callable[[int, Buffer], Block]
+) -> Iterator[Block]:
+    """What `read` makes of every start, in order, one thread ahead; each uses a buffer of `ring`, turn by turn.
+
+    What is given out is valid until the next one is asked for.
+    """
+    waiting = deque(zip(starts, ring, strict=False))
+    with ThreadPoolExecutor(1) as pool:
+        asked = deque(pool.submit(read, start, buffer) for start, buffer in waiting)
+        try:
+            for place in range(len(starts)):
+                yield asked.popleft().result()
+                if place + len(ring) < len(starts):
+                    asked.append(pool.submit(read, starts[place + len(ring)], ring[place % len(ring)]))
+        finally:
+            for future in asked:
+                future.cancel()
+
+
 @dataclass(frozen=True)
 class FloatRows:
     """float32 rows in a file, one after another from byte `offset` on."""
@@ -71,21 +93,11 @@ class FloatRows:
         They are read ahead, and what was read is dropped from the page cache. StreamError where the file ends too soon.
         """
         starts = range(first, self.rows, count)
-        ring = [np.empty((min(count, self.rows), self.width), dtype="<f4") for _ in range(min(_AHEAD, len(starts)))]
-        waiting = deque(zip(starts, ring, strict=False))
-        with self.path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        ring = [np.empty((min(count, self.rows), self.width), dtype="<f4") for _ in range(min(AHEAD, len(starts)))]
+        with self.path.open("rb", buffering=0) as file:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), self.offset, 0, os.POSIX_FADV_SEQUENTIAL)
-            asked = deque(pool.submit(self._read, file.fileno(), start, block) for start, block in waiting)
-            try:
-                for place, start in enumerate(starts):
-                    yield asked.popleft().result()
-                    later = start + len(ring) * count
-                    if later < self.rows:
-                        asked.append(pool.submit(self._read, file.fileno(), later, ring[place % len(ring)]))
-            finally:
-                for future in asked:
-                    future.cancel()
+            yield from read_ahead(starts, ring, lambda start, block: self._read(file.fileno(), start, block))
 
     def _read(self, handle: int, start: int, block: Floats) -> Floats:
         rows = block[: self.rows - start]
@@ -102,7 +114,7 @@ class FloatRows:
 
 def block_rows(width: int, rows_per_page: int = 1) -> int:
     """Rows to encode at a time: about 4 MiB of float32, whole pages of the file that is written."""
-    return max(1, _BLOCK_BYTES // (4 * width * rows_per_page)) * rows_per_page
+    return max(1, BLOCK_BYTES // (4 * width * rows_per_page)) * rows_per_page
 
 
 def encode_block(

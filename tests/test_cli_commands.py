@@ -186,11 +186,11 @@ def test_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 
 def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    target = "engram.quantize.package:verify_package"
+    target = "engram.quantize.verify:verify_package"
     answer: dict[str, Any] = {"ok": True, "checked": {"files": 4}, "problems": []}
     worker, _, _ = call(monkeypatch, capsys, target, answer, "verify", "pkg", "--json")
     assert worker.config == Path("pkg")
-    monkeypatch.setattr(importlib.import_module("engram.quantize.package"), "verify_package", Worker({"ok": False}))
+    monkeypatch.setattr(importlib.import_module("engram.quantize.verify"), "verify_package", Worker({"ok": False}))
     with pytest.raises(SystemExit) as leaving:
         cli.main(["verify", "pkg"])
     assert leaving.value.code == 1

@@ -16,7 +16,8 @@ from ways import WAYS, flip
 from engram.kernels.codecs import CODECS, Bytes, Codec
 from engram.quantize.entries import open_table
 from engram.quantize.extent_table import ExtentTable
-from engram.quantize.extents import Source, map_extents, tensor_source
+from engram.quantize.extent_writer import map_extents
+from engram.quantize.extents import Source, tensor_source
 from engram.quantize.mapped import MappedTable
 from engram.quantize.row_store import RowStoreError, write_table
 from engram.quantize.row_table import Budget

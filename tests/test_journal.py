@@ -28,7 +28,7 @@ from engram.quantize import journal, stream, tables
 sys.path.insert(0, sys.argv.pop())
 from mixed_tables import PLAN
 journal.EVERY_S = 0
-stream._BLOCK_BYTES = 64 * 4 * 8
+stream.BLOCK_BYTES = 64 * 4 * 8
 class Stop(Progress):
     def say(self, text):
         print(text, flush=True)

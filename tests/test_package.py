@@ -21,8 +21,10 @@ from engram.builders.checkpoint import CheckpointError, save_checkpoint
 from engram.builders.fetch import hash_file
 from engram.builders.layout import Layout
 from engram.kernels.codecs import CODECS, Floats
-from engram.quantize.extents import Source, map_extents
-from engram.quantize.package import ExportConfig, PackageError, export_package, open_package, verify_package
+from engram.quantize.extent_writer import map_extents
+from engram.quantize.extents import Source
+from engram.quantize.package import ExportConfig, PackageError, export_package, open_package
+from engram.quantize.verify import verify_package
 from engram.quantize.row_store import RowStoreError, write_table
 from engram.quantize.tables import QuantizeConfig, quantize
 

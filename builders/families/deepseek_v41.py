@@ -8,9 +8,9 @@ images do (they are dead). The gate has one fused projection for its keys and va
 from __future__ import annotations
 
 from engram.builders.families.config import MOST_HEADS, MOST_ORDER, Config, FamilyError
-from engram.builders.families.family import Part, Published, Table, expect, prefix_of
+from engram.builders.families.family import Part, Published, Table, expect, expect_here, prefix_of
 from engram.builders.hash_constants import prime_moduli
-from engram.builders.tensor_files import TensorFiles
+from engram.builders.tensor_files import Tensor, TensorFiles
 
 MODEL_TYPES = ("deepseek_v41", "deepseek_v4_1")
 GROUP = 32  # values that share a scale
@@ -41,23 +41,36 @@ def describe(config: Config, files: TensorFiles) -> Published:
                 f"engram_vocab_size {base:,} on add up to {needed:,}"
             )
     prefix = prefix_of(files, f"layers.{layers[0]}.engram.embed.weight")
-    tables, dense = [], {}
+    tables: list[Table] = []
+    dense: dict[int, dict[str, Tensor]] = {}
+    absent: tuple[str, ...] = ()
     for layer, count in zip(layers, rows, strict=True):
         start = f"{prefix}layers.{layer}.engram."
-        values = expect(files, start + "embed.weight", (count, width), ("F8_E4M3",))
-        scales = expect(files, start + "embed.scale", (count, width // GROUP), ("F8_E8M0", "U8"))
-        tables.append(Table(layer, "F8_E4M3", "fp8-e8m0", count, width, (Part(0, count, values, scales),)))
         wide = hidden * (streams + 1), len(orders) * heads * width
-        dense[layer] = {
-            "wkv": expect(files, start + "wkv.weight", wide, ("F8_E4M3", "BF16", "F32")),
-            **{name: expect(files, start + name, (streams, hidden), ("BF16", "F32"))
-               for name in ("q_weight", "k_weight")},
-        }  # fmt: skip
+        tables.append(_table(files, start, layer, count, width))
+        dense[layer], missing = expect_here(files, {
+            "wkv": (start + "wkv.weight", wide, ("F8_E4M3", "BF16", "F32")),
+            **{name: (start + name, (streams, hidden), ("BF16", "F32")) for name in ("q_weight", "k_weight")},
+        })  # fmt: skip
+        absent += missing
         if start + "wkv.scale" in files.tensors:
             dense[layer]["wkv_scale"] = files.find(start + "wkv.scale")
+        elif start + "wkv.scale" in files.absent:
+            absent += (start + "wkv.scale",)
     hashing = {
         "rows_per_head": base, "seed": 0, "pad_id": pad, "layers": layers, "dead_ids": () if dead < 0 else (dead,),
     }  # fmt: skip
     return Published(
-        "deepseek_v41", "v41", orders, heads, width, tuple(tables), vocabulary, hashing, compressed, dense=dense
-    )
+        "deepseek_v41", "v41", orders, heads, width, tuple(tables), vocabulary, hashing, compressed, dense=dense,
+        absent=absent,
+    )  # fmt: skip
+
+
+def _table(files: TensorFiles, start: str, layer: int, rows: int, width: int) -> Table:
+    """Values and scales, which may be in different shards."""
+    names = [start + "embed.weight", start + "embed.scale"]
+    if absent := tuple(dict.fromkeys(files.absent[name] for name in names if name in files.absent)):
+        return Table(layer, "F8_E4M3", "fp8-e8m0", rows, width, (), absent)
+    values = expect(files, names[0], (rows, width), ("F8_E4M3",))
+    scales = expect(files, names[1], (rows, width // GROUP), ("F8_E8M0", "U8"))
+    return Table(layer, "F8_E4M3", "fp8-e8m0", rows, width, (Part(0, rows, values, scales),))

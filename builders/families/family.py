@@ -30,7 +30,8 @@ class Table:
     """One layer's rows.
 
     `dtype` is what its values are stored in; `codec` our row codec whose row is a row of values followed by its scales,
-    None where there is none. `absent`: shards that hold parts of it and are not there.
+    None where there is none. `factor` is the one number that multiplies all rows, where the codec needs one. `absent`:
+    shards that hold parts of it and are not there.
     """
 
     layer: int
@@ -40,6 +41,7 @@ class Table:
     width: int
     parts: tuple[Part, ...]
     absent: tuple[str, ...] = ()
+    factor: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse parts that are not the rows of the table, each once."""
@@ -70,8 +72,9 @@ class Published:
     """A checkpoint of a known family, from its headers and config.json alone.
 
     `hashing`: the dialect's constants as `Layout.build` takes them, but the token map, which a tokenizer makes;
-    `compressed_size` is what that map must come to. `stored`: hash constants that the checkpoint itself holds.
-    `dense`: by layer, the gate's tensors by our parameter name.
+    `compressed_size` is what that map must come to. `stored`: hash constants that the checkpoint itself holds, as
+    "LAYER.multipliers", "LAYER.primes", "LAYER.offsets". `dense`: by layer, the gate's tensors by our parameter name.
+    `absent`: of both, those in shards that are not there.
     """
 
     family: str
@@ -85,6 +88,7 @@ class Published:
     compressed_size: int | None = None
     stored: Mapping[str, Tensor] = field(default_factory=dict)
     dense: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
 
     @property
     def columns(self) -> int:
@@ -101,6 +105,18 @@ def expect(files: TensorFiles, name: str, shape: tuple[int, ...], dtypes: tuple[
             f"{' or '.join(dtypes)} {list(shape)}"
         )
     return tensor
+
+
+Wanted = tuple[str, tuple[int, ...] | None, tuple[str, ...]]  # name, shape (None: any), dtypes (none: any)
+
+
+def expect_here(files: TensorFiles, wanted: Mapping[str, Wanted]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Those of some tensors whose shards are here, each checked, and the names of the others."""
+    found = {}
+    for key, (name, shape, dtypes) in wanted.items():
+        if name not in files.absent:
+            found[key] = files.find(name) if shape is None else expect(files, name, shape, dtypes)
+    return found, tuple(name for name, _, _ in wanted.values() if name in files.absent)
 
 
 def prefix_of(files: TensorFiles, ending: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from engram.builders.families.config import MOST_HEADS, MOST_ORDER, Config, FamilyError
-from engram.builders.families.family import FLOATS, Part, Published, Table, expect
+from engram.builders.families.family import FLOATS, Part, Published, Table, expect, expect_here
 from engram.builders.tensor_files import TensorFiles
 
 MODEL_TYPES = ("longcat_flash_ngram",)
@@ -40,7 +40,7 @@ def describe(config: Config, files: TensorFiles) -> Published:
             f"{files.path} has the n-gram tables {sorted(found)}, config.json asks for 0 to {columns - 1}"
         )
     sizes = [ratio * vocabulary + 2 * i + 1 for i in range(columns)]
-    parts, dtypes, reached, dense = [], set(), 0, {}
+    parts, dtypes, reached = [], set(), 0
     absent: dict[str, None] = {}
     for i, size in enumerate(sizes):
         if found[i] in files.absent:
@@ -50,14 +50,17 @@ def describe(config: Config, files: TensorFiles) -> Published:
             dtypes.add(tensor.dtype)
             parts.append(Part(reached, size, tensor))
         reached += size
-        dense[f"post_proj.{i}"] = expect(files, start + projection.format(i), (hidden, width), tuple(FLOATS))
+    names = [start + projection.format(i) for i in range(columns)]
+    dense, missing = expect_here(
+        files, {f"post_proj.{i}": (name, (hidden, width), tuple(FLOATS)) for i, name in enumerate(names)}
+    )
     if len(dtypes) > 1:
         raise FamilyError(f"{files.path}: the n-gram tables have several dtypes: {', '.join(sorted(dtypes))}")
     dtype = dtypes.pop() if dtypes else "BF16"
     table = Table(0, dtype, FLOATS[dtype], reached, width, tuple(parts), tuple(absent))
     hashing = {"moduli": tuple(sizes), "pad_id": 0, "reset_id": end, "layers": (0,)}
     return Published("longcat_flash_ngram", "longcat", orders, heads, width, (table,), vocabulary, hashing,
-                     dense={0: dense})  # fmt: skip
+                     dense={0: dense}, absent=missing)  # fmt: skip
 
 
 def _tables(files: TensorFiles) -> tuple[dict[int, str], str, str]:

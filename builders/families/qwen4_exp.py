@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from engram.builders.families.config import MOST_HEADS, MOST_ORDER, Config, FamilyError, Header
-from engram.builders.families.family import FLOATS, GGML, Part, Published, Table, expect, prefix_of
+from engram.builders.families.family import FLOATS, GGML, Part, Published, Table, expect, expect_here, prefix_of
 from engram.builders.hash_constants import prime_moduli
 from engram.builders.tensor_files import Tensor, TensorFiles
 
@@ -41,24 +41,27 @@ def describe(config: Config, files: TensorFiles) -> Published:
     tables: list[Table] = []
     stored: dict[str, Tensor] = {}
     dense: dict[int, dict[str, Tensor]] = {}
+    absent: tuple[str, ...] = ()
     start = prefix_of(files, f"layers.{layers[0]}.{_MULTIPLIERS}")
     for layer in layers:
         ple = f"{start}layers.{layer}.ple."
         rows = -(-sum(map(sum, primes[layer])) // multiple) * multiple
         tables.append(_table(files, f"{ple}ple_embedding.ngram_embedding.", layer, rows, embed // columns, shards))
-        stored |= {
-            f"{layer}.multipliers": expect(files, ple + "ple_embedding.layer_multipliers", (highest,), ("I64",)),
-            f"{layer}.primes": expect(files, ple + "ple_embedding.ngram_heads_vocab_sizes", (columns,), ("I64",)),
-            f"{layer}.offsets": expect(files, ple + "ple_embedding.ngram_heads_offsets", (columns,), ("I64",)),
-        }
+        constants, missing = expect_here(files, {
+            f"{layer}.multipliers": (ple + "ple_embedding.layer_multipliers", (highest,), ("I64",)),
+            f"{layer}.primes": (ple + "ple_embedding.ngram_heads_vocab_sizes", (columns,), ("I64",)),
+            f"{layer}.offsets": (ple + "ple_embedding.ngram_heads_offsets", (columns,), ("I64",)),
+        })  # fmt: skip
+        stored |= constants
         names = ("key_proj", "value_proj", "norm_key", "norm_query", "norm_conv", "conv1d")
-        dense[layer] = {name: files.find(f"{ple}{name}.weight") for name in names}
+        dense[layer], more = expect_here(files, {name: (f"{ple}{name}.weight", None, ()) for name in names})
+        absent += missing + more
     hashing = {
         "rows_per_head": base, "seed": seed, "pad_id": end, "reset_id": end, "layers": layers, "multiple": multiple,
     }  # fmt: skip
     return Published(
         "qwen4_exp", "qwen-ple", orders, heads, embed // columns, tuple(tables), vocabulary, hashing, stored=stored,
-        dense=dense,
+        dense=dense, absent=absent,
     )  # fmt: skip
 
 
@@ -83,7 +86,14 @@ def _table(files: TensorFiles, start: str, layer: int, rows: int, width: int, sh
     if len(dtypes) > 1:
         raise FamilyError(f"{files.path}: shards of {start} have several dtypes: {', '.join(sorted(dtypes))}")
     dtype = dtypes.pop() if dtypes else "BF16"
-    return Table(layer, dtype, CODECS[dtype], rows, width, tuple(parts), absent)
+    factor = None
+    if dtype == "F8_E4M3":
+        factor = files.find(start + "weight_scale")
+        if factor.dtype not in ("F32", "BF16", "F16") or factor.shape not in ((), (1,)):
+            raise FamilyError(
+                f"{factor.file}: {start}weight_scale is {factor.dtype} {list(factor.shape)}, FP8 rows have one number"
+            )
+    return Table(layer, dtype, CODECS[dtype], rows, width, tuple(parts), absent, factor)
 
 
 def describe_gguf(header: Header, files: TensorFiles) -> Published:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from engram.quantize.stream import AHEAD, read_ahead
 from engram.quantize.write_behind import forget
 
 _STREAM_BLOCKS = 1024  # read at a time
+_ZEROS = zlib.crc32(bytes(PAGE))
 Noted = dict[str, int]
 
 
@@ -125,7 +127,7 @@ def _take_over(target: Any, head: bytes, resume: Noted | None, blocks: int) -> t
     return 0, 0
 
 
-def _checksums(runs: Sequence[Run], paths: Sequence[Path], first: int) -> Any:
+def _checksums(runs: Sequence[Run], paths: Sequence[Path], first: int) -> Iterator[NDArray[np.uint32]]:
     """CRC-32 of the blocks from number `first` on, uint32 [at most 1024] at a time, read ahead."""
     ring = [np.empty((_STREAM_BLOCKS, PAGE), dtype=np.uint8) for _ in range(AHEAD)]
     for run in runs:
@@ -135,18 +137,22 @@ def _checksums(runs: Sequence[Run], paths: Sequence[Path], first: int) -> Any:
         path = paths[run.file]
         with path.open("rb", buffering=0) as file:
 
-            def read(start: int, buffer: Bytes, file: Any = file, run: Run = run, path: Path = path) -> Bytes:
+            def read(start: int, buffer: Bytes, file: Any = file, run: Run = run, path: Path = path) -> Bytes | None:
                 return _read_blocks(file.fileno(), run, start, buffer, path)
 
-            for data in read_ahead(starts, ring, read):
-                yield _sums_of(data)
+            for start, data in zip(starts, read_ahead(starts, ring, read), strict=True):
+                yield _sums_of(data) if data is not None else np.full(
+                    min(_STREAM_BLOCKS, run.blocks - start), _ZEROS, dtype=np.uint32
+                )
 
 
-def _read_blocks(handle: int, run: Run, start: int, buffer: Bytes, path: Path) -> Bytes:
-    """Bytes of up to 1024 blocks of a run; the last block of a file may be shorter."""
+def _read_blocks(handle: int, run: Run, start: int, buffer: Bytes, path: Path) -> Bytes | None:
+    """Bytes of up to 1024 blocks of a run, None where they are a hole; the last block of a file may be shorter."""
     count = min(len(buffer), run.blocks - start)
     view = buffer.reshape(-1)[: count * PAGE]
     offset, got = (run.first_block + start) * PAGE, 0
+    if _is_hole(handle, offset, len(view)):
+        return None
     while got < len(view):
         done = os.preadv(handle, [view[got:].data], offset + got)
         if not done:
@@ -156,6 +162,16 @@ def _read_blocks(handle: int, run: Run, start: int, buffer: Bytes, path: Path) -
         raise RowStoreError(f"{path} became shorter while it was read")
     forget(handle, offset, got)
     return view[:got]
+
+
+def _is_hole(handle: int, offset: int, size: int) -> bool:
+    """Whether these bytes are all there, and a hole of a sparse file: zeros that need no reading."""
+    if not hasattr(os, "SEEK_DATA") or os.fstat(handle).st_size < offset + size:
+        return False
+    try:
+        return os.lseek(handle, offset, os.SEEK_DATA) >= offset + size
+    except OSError as wrong:
+        return wrong.errno == errno.ENXIO  # nothing but holes from here on
 
 
 def _sums_of(data: Bytes) -> NDArray[np.uint32]:

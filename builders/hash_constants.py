@@ -1,6 +1,9 @@
-"""Multipliers and primes of the published dialects: integers in, integers out."""
+"""The published dialects: how they differ, and their multipliers and primes; integers in, integers out."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -9,6 +12,33 @@ _LARGEST = (1 << 63) - 1
 _LAYER_STRIDE = 10007  # the published code seeds each layer's generator with seed + 10007 * layer
 _SPLITMIX_STEP = 0x9E3779B97F4A7C15
 _WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)  # enough for every 64-bit number (Sorenson and Webster, 2015)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What sets a dialect apart.
+
+    `raw`: token ids are hashed as they are, and those below zero are refused; `resets`: no look-back crosses a token
+    that ends a text; `dead_negative`: ids below zero are dead; `sums`: products are added, with multipliers of their
+    own for every column, instead of combined by XOR; `fill`: stands for what a look-back may not see (None: `reset_id`,
+    or the padding token); `multiple`: a stored table is padded to a multiple of this many rows.
+    """
+
+    raw: bool = False
+    resets: bool = False
+    dead_negative: bool = False
+    sums: bool = False
+    fill: int | None = None
+    multiple: int = 1
+
+
+DIALECTS = {
+    "demo": Dialect(),  # the paper's
+    "v41": Dialect(dead_negative=True),  # DeepSeek-V4.1-Flash
+    "qwen-ple": Dialect(raw=True, resets=True, multiple=128),  # Qwen3.8-Flash-Next
+    "longcat": Dialect(raw=True, resets=True, sums=True, fill=0),  # LongCat-Flash-Lite
+    "identity": Dialect(raw=True),  # per-token tables (Gemma 3n and 4): the row is the id
+}
 
 
 def _half_bound(vocab_size: int) -> int:
@@ -36,6 +66,19 @@ def _splitmix64(state: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
+
+
+def power_multipliers(vocab_size: int, orders: Sequence[int], moduli: Sequence[int]) -> tuple[int, ...]:
+    """Multipliers of longcat, column after column: vocab_size^k mod the column's modulus for k below its order, else 0.
+
+    `moduli` are order-major; every column has as many as the highest order.
+    """
+    heads = len(moduli) // len(orders)
+    return tuple(
+        pow(vocab_size, k, modulus) if k < orders[column // heads] else 0
+        for column, modulus in enumerate(moduli)
+        for k in range(orders[-1])
+    )
 
 
 def is_prime(number: int) -> bool:

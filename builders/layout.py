@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from engram import EngramError
 from engram.builders import hash_constants
 from engram.builders.atomic import write_whole
+from engram.builders.hash_constants import DIALECTS, Dialect
 from engram.kernels import dispatch, reference
 from engram.kernels.reference import KernelError
 
@@ -26,7 +27,7 @@ Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 VERSION = 1
-ROW_MULTIPLE = {"demo": 1, "v41": 1, "qwen-ple": 128}  # stored tables are padded to a multiple of this many rows
+_WHOLE = 1 << 63  # int64 ends below it
 
 
 class LayoutError(EngramError):
@@ -44,7 +45,11 @@ class Lookback:
 
 @dataclass(frozen=True)
 class Layout:
-    """Dialect and constants of one model's memory; `rows` is the one function that everything else needs."""
+    """Dialect and constants of one model's memory; `rows` is the one function that everything else needs.
+
+    `primes` are the moduli of all columns, which only some dialects choose to be prime. A layer has one multiplier for
+    each distance; in longcat as many for each column, column after column.
+    """
 
     dialect: str
     orders: tuple[int, ...]
@@ -65,26 +70,66 @@ class Layout:
 
     def __post_init__(self) -> None:
         """Refuse constants that contradict each other."""
-        _check_choices(self.dialect, self.orders, self.layers)
-        for name, value in (("heads", self.heads), ("head_dim", self.head_dim), ("vocab_size", self.vocab_size)):
+        _check_choices(self.dialect, self.orders, self.layers, self.heads)
+        for name, value in (("head_dim", self.head_dim), ("vocab_size", self.vocab_size)):
             if value < 1:
                 raise LayoutError(f"{name} {value} must be at least 1")
         if not 0 <= self.pad_id < self.vocab_size:
             raise LayoutError(f"pad_id {self.pad_id} is outside the vocabulary of {self.vocab_size} ids")
         if self.token_map is not None and self.token_map.shape != (self.vocab_size,):
             raise LayoutError(f"token map has shape {self.token_map.shape}, vocab_size {self.vocab_size} asks for one")
+        if self.rules.raw and self.token_map is not None:
+            raise LayoutError(f"dialect {self.dialect!r} hashes raw ids", hint="pass no token map")
+        if self.rules.resets and self.reset_id is None:
+            raise LayoutError(f"dialect {self.dialect!r} resets at a token", hint="pass a reset_id")
+        if self.dialect == "identity" and (self.orders != (1,) or self.heads != 1 or self.dead_ids):
+            raise LayoutError(
+                "dialect 'identity' has one row for every id: orders [1], heads 1 and no dead_ids, found "
+                f"{list(self.orders)}, {self.heads} and {list(self.dead_ids)}"
+            )
         for layer in self.layers:
             self._check_layer(layer)
 
     def _check_layer(self, layer: int) -> None:
         multipliers, primes = self.multipliers.get(layer, ()), self.primes.get(layer, ())
-        if len(multipliers) != self.orders[-1]:
-            raise LayoutError(f"layer {layer} has {len(multipliers)} multipliers, highest order is {self.orders[-1]}")
+        wanted = self.orders[-1] * (self.columns if self.rules.sums else 1)
+        if len(multipliers) != wanted:
+            raise LayoutError(
+                f"layer {layer} has {len(multipliers)} multipliers, {wanted} are needed: the highest order is "
+                f"{self.orders[-1]}{f', each of {self.columns} columns has its own' if self.rules.sums else ''}"
+            )
+        if not all(-_WHOLE <= multiplier < _WHOLE for multiplier in multipliers):
+            raise LayoutError(f"layer {layer} has a multiplier that does not fit 64 bits: {multipliers}")
         if [len(heads) for heads in primes] != [self.heads] * len(self.orders):
             raise LayoutError(f"layer {layer} needs {self.heads} primes for each of the orders {list(self.orders)}")
         needed = sum(sum(heads) for heads in primes)
         if self.table_rows.get(layer, -1) < needed or min(min(heads) for heads in primes) < 1:
             raise LayoutError(f"layer {layer} stores {self.table_rows.get(layer)} rows, its primes need {needed}")
+        if self.table_rows[layer] >= _WHOLE:
+            raise LayoutError(f"layer {layer} stores {self.table_rows[layer]} rows, which does not fit 64 bits")
+        if self.rules.sums:
+            self._check_sums(layer)
+        if self.dialect == "identity" and (multipliers != (1,) or self.vocab_size > needed):
+            raise LayoutError(
+                f"layer {layer} has the multiplier {multipliers[0]} and {needed} rows for {self.vocab_size} ids: in "
+                "dialect 'identity' the row is the id"
+            )
+
+    def _check_sums(self, layer: int) -> None:
+        """Refuse multipliers outside their modulus, and sums that would wrap: the rows would be others, not errors."""
+        top = self.orders[-1]
+        for column, modulus in enumerate(prime for heads in self.primes[layer] for prime in heads):
+            own = self.multipliers[layer][column * top : (column + 1) * top]
+            if min(own) < 0 or max(own) >= modulus or any(own[self.orders[column // self.heads] :]):
+                raise LayoutError(
+                    f"layer {layer}, column {column}: multipliers {list(own)} must be below its modulus {modulus}, "
+                    f"not below 0, and 0 from its order {self.orders[column // self.heads]} on"
+                )
+            if sum(own) * (self.vocab_size - 1) >= _WHOLE:
+                raise LayoutError(
+                    f"layer {layer}, column {column}: {self.vocab_size} ids times multipliers {list(own)} do not fit "
+                    "64 bits"
+                )
 
     @classmethod
     def build(
@@ -95,49 +140,53 @@ class Layout:
         heads: int,
         head_dim: int,
         layers: Sequence[int],
-        rows_per_head: int | Sequence[int],
-        seed: int = 0,
         pad_id: int,
         vocab_size: int,
+        rows_per_head: int | Sequence[int] | None = None,
+        moduli: Sequence[int] | None = None,
+        multipliers: Sequence[int] | None = None,
+        primes: Sequence[int] | None = None,
+        multiple: int | None = None,
+        table_rows: Mapping[int, int] | None = None,
+        seed: int = 0,
         token_map: Ints | None = None,
         reset_id: int | None = None,
         dead_ids: Sequence[int] = (),
         tokenizer_sha256: str = "",
     ) -> Layout:
-        """Derive multipliers and primes by the dialect's rules.
+        """Derive multipliers and moduli by the dialect's rules, from what its published checkpoints state.
 
-        `rows_per_head` is where the search for primes starts, one number or one for each order. `vocab_size` is the
-        number of raw ids; with a token map the number of distinct compressed ids is taken from it.
+        demo, v41, qwen-ple: `rows_per_head` is where the search for primes starts, one number or one for each order.
+        identity: `rows_per_head` is the number of rows; without it, one for each id. longcat: the `moduli` of all
+        columns, order-major, the same in every layer. Any dialect: `multipliers` and `primes`, as they are stored for
+        its only layer, order-major. `vocab_size` is the number of raw ids; with a token map the number of distinct
+        compressed ids is taken from it. `table_rows` are those stored, by layer; without them they are the sums of the
+        moduli, up to the next multiple of `multiple` (without it: the dialect's).
 
         Raises LayoutError where a value breaks a rule.
         """
-        _check_choices(dialect, orders, layers)
-        sizes = [rows_per_head] * len(orders) if isinstance(rows_per_head, int) else list(rows_per_head)
-        if len(sizes) != len(orders) or min(sizes, default=0) < 1:
-            raise LayoutError(f"rows_per_head {sizes} must be one positive number, or one for each of {list(orders)}")
-        if dialect == "qwen-ple" and (token_map is not None or reset_id is None):
-            raise LayoutError(
-                "dialect 'qwen-ple' hashes raw ids and resets at a token", hint="pass no token map and a reset_id"
-            )
+        _check_choices(dialect, orders, layers, heads)
+        if multiple is not None and multiple < 1:
+            raise LayoutError(f"multiple {multiple} must be at least 1")
         compressed = vocab_size if token_map is None else int(token_map.max()) + 1
-        top = orders[-1]
-        if dialect == "qwen-ple":
-            multipliers = {
-                layer: hash_constants.splitmix_multipliers(compressed, place, top, seed)
-                for place, layer in enumerate(layers)
-            }
-        else:
-            multipliers = {layer: hash_constants.pcg_multipliers(compressed, layer, top, seed) for layer in layers}
-        primes = hash_constants.prime_moduli(list(layers), sizes, heads)
-        multiple = ROW_MULTIPLE[dialect]
-        table_rows = {layer: -(-sum(map(sum, primes[layer])) // multiple) * multiple for layer in layers}
+        by_layer, moduli_by_layer = _constants(
+            dialect, orders, heads, layers, compressed, seed, rows_per_head, moduli, multipliers, primes
+        )
+        if table_rows is None:
+            multiple = DIALECTS[dialect].multiple if multiple is None else multiple
+            table_rows = {layer: -(-sum(map(sum, moduli_by_layer[layer])) // multiple) * multiple for layer in layers}
         return cls(
             dialect=dialect, orders=tuple(orders), heads=heads, head_dim=head_dim, layers=tuple(layers), seed=seed,
             pad_id=pad_id, vocab_size=vocab_size, compressed_size=compressed,
             token_map=None if token_map is None else np.ascontiguousarray(token_map, dtype=np.int64),
-            multipliers=multipliers, primes=primes, table_rows=table_rows, reset_id=reset_id,
+            multipliers=by_layer, primes=moduli_by_layer, table_rows=dict(table_rows), reset_id=reset_id,
             dead_ids=tuple(dead_ids), tokenizer_sha256=tokenizer_sha256,
         )  # fmt: skip
+
+    @property
+    def rules(self) -> Dialect:
+        """What sets its dialect apart."""
+        return DIALECTS[self.dialect]
 
     @property
     def columns(self) -> int:
@@ -161,15 +210,15 @@ class Layout:
 
     def _hasher(self) -> reference.Hasher:
         if (path := dispatch.name()) not in self._hashers:
-            fill = self.reset_id
+            fill = self.reset_id if self.rules.fill is None else self.rules.fill
             if fill is None:
                 fill = self.pad_id if self.token_map is None else int(self.token_map[self.pad_id])
             self._hashers[path] = dispatch.ops().Hasher(
-                token_map=self.token_map, vocab_size=self.vocab_size, negative_ids=self.dialect != "qwen-ple",
+                token_map=self.token_map, vocab_size=self.vocab_size, negative_ids=not self.rules.raw,
                 orders=self.orders, heads=self.heads, multipliers=[self.multipliers[layer] for layer in self.layers],
                 primes=[[prime for heads in self.primes[layer] for prime in heads] for layer in self.layers],
                 offsets=[self.offsets(layer).tolist() for layer in self.layers], dead_ids=self.dead_ids,
-                dead_negative=self.dialect == "v41", reset_id=self.reset_id, fill=fill,
+                dead_negative=self.rules.dead_negative, reset_id=self.reset_id, fill=fill, sums=self.rules.sums,
             )  # fmt: skip
         return self._hashers[path]
 
@@ -309,9 +358,56 @@ class Layout:
         return cls.from_json(data, read_token_map(folder / "token_map.safetensors") if data.get("compressed") else None)
 
 
-def _check_choices(dialect: str, orders: Sequence[int], layers: Sequence[int]) -> None:
-    if dialect not in ROW_MULTIPLE:
-        raise LayoutError(f"dialect {dialect!r} is not known", hint="use one of: " + ", ".join(sorted(ROW_MULTIPLE)))
+def _constants(
+    dialect: str, orders: Sequence[int], heads: int, layers: Sequence[int], hashed_ids: int, seed: int,
+    rows_per_head: int | Sequence[int] | None, moduli: Sequence[int] | None, multipliers: Sequence[int] | None,
+    primes: Sequence[int] | None,
+) -> tuple[dict[int, tuple[int, ...]], dict[int, tuple[tuple[int, ...], ...]]]:  # fmt: skip
+    """Multipliers and moduli of every layer; see Layout.build, which has the words for what may be given."""
+
+    def by_order(flat: Sequence[int], name: str) -> tuple[tuple[int, ...], ...]:
+        if len(flat) != len(orders) * heads:
+            raise LayoutError(f"{name} has {len(flat)} numbers, orders {list(orders)} need {heads} each")
+        return tuple(tuple(map(int, flat[i : i + heads])) for i in range(0, len(flat), heads))
+
+    given = {"rows_per_head": rows_per_head, "moduli": moduli, "multipliers": multipliers, "primes": primes}
+    named = [name for name, value in given.items() if value is not None]
+    if multipliers is not None and primes is not None and len(named) == 2:
+        if len(layers) != 1:
+            raise LayoutError(f"multipliers and primes are those of one layer, found the layers {list(layers)}")
+        return {layers[0]: tuple(map(int, multipliers))}, {layers[0]: by_order(primes, "primes")}
+    wanted = "moduli" if DIALECTS[dialect].sums else "rows_per_head"
+    if named != [wanted] and not (dialect == "identity" and not named):
+        raise LayoutError(
+            f"dialect {dialect!r} takes {wanted}, or multipliers and primes; found {' and '.join(named) or 'neither'}"
+        )
+    if moduli is not None:
+        sizes = by_order(moduli, "moduli")
+        if min(moduli) < 1:
+            raise LayoutError(f"moduli {list(moduli)} must be at least 1")
+        powers = hash_constants.power_multipliers(hashed_ids, orders, [int(modulus) for modulus in moduli])
+        return dict.fromkeys(layers, powers), dict.fromkeys(layers, sizes)
+    starts = hashed_ids if rows_per_head is None else rows_per_head
+    sizes_O = [starts] * len(orders) if isinstance(starts, int) else list(starts)
+    if len(sizes_O) != len(orders) or min(sizes_O, default=0) < 1:
+        raise LayoutError(f"rows_per_head {sizes_O} must be one positive number, or one for each of {list(orders)}")
+    if dialect == "identity":
+        return dict.fromkeys(layers, (1,)), {layer: ((sizes_O[0],),) for layer in layers}
+    if dialect == "qwen-ple":
+        made = {
+            layer: hash_constants.splitmix_multipliers(hashed_ids, place, orders[-1], seed)
+            for place, layer in enumerate(layers)
+        }
+    else:
+        made = {layer: hash_constants.pcg_multipliers(hashed_ids, layer, orders[-1], seed) for layer in layers}
+    return made, hash_constants.prime_moduli(list(layers), sizes_O, heads)
+
+
+def _check_choices(dialect: str, orders: Sequence[int], layers: Sequence[int], heads: int) -> None:
+    if dialect not in DIALECTS:
+        raise LayoutError(f"dialect {dialect!r} is not known", hint="use one of: " + ", ".join(sorted(DIALECTS)))
+    if heads < 1:
+        raise LayoutError(f"heads {heads} must be at least 1")
     if not orders or min(orders) < 1 or list(orders) != sorted(set(orders)):
         raise LayoutError(f"orders {list(orders)} must be ascending numbers of at least 1, each once")
     if not layers or len(set(layers)) != len(layers) or min(layers) < 0:

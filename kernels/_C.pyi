@@ -48,6 +48,7 @@ class Hasher:
         dead_negative: bool,
         reset_id: int | None,
         fill: int,
+        sums: bool,
     ) -> None: ...
     def rows(
         self,

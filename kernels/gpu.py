@@ -25,7 +25,7 @@ from engram.kernels.fp_codecs import E2M1
 from engram.kernels.gguf_codecs import IQ4_NL_BOOK
 from engram.kernels.group_codecs import NF4_BOOK
 from engram.kernels.hadamard_codecs import H1, H2, H3, H4, Hadamard
-from engram.kernels.reference import KernelError, row_outside
+from engram.kernels.reference import KernelError, id_outside, row_outside
 
 try:
     from engram.kernels import triton_kernels as kernels
@@ -140,37 +140,52 @@ def _launch_gather(codec: Codec, view: RowTable, rows: Tensor, out: Tensor) -> N
 
 @dataclass(frozen=True)
 class HashConstants:
-    """What hashing needs, on the device: int64 [L, K], [L, C], [L, C], each column's order [C], the token map [V]."""
+    """What hashing needs, on the device: int64 [L, X], [L, C], [L, C], each column's order [C], the token map [V].
 
-    multipliers_LK: Tensor
+    X is K, the highest order; where `sums` it is C * K, column after column. Ids from `vocab_size` on are refused, and
+    ids below zero unless `negative_ids`.
+    """
+
+    multipliers_LX: Tensor
     primes_LC: Tensor
     offsets_LC: Tensor
     order_C: Tensor
+    depth: int
     fill: int
+    vocab_size: int
+    negative_ids: bool
+    sums: bool
     token_map_V: Tensor | None = None
 
     @classmethod
     def of(
         cls,
-        multipliers_LK: Sequence[Sequence[int]],
+        multipliers_LX: Sequence[Sequence[int]],
         orders_O: Sequence[int],
         primes_LOH: Sequence[Sequence[Sequence[int]]],
         *,
         fill: int,
+        vocab_size: int,
+        negative_ids: bool = True,
+        sums: bool = False,
         token_map_V: Any = None,
         device: torch.device | str = "cuda",
     ) -> HashConstants:
         """From a layout's numbers; each column's offset is the sum of the primes before it in its layer."""
         primes = torch.tensor([[p for heads in layer for p in heads] for layer in primes_LOH], dtype=torch.int64)
         order = [n for n, heads in zip(orders_O, primes_LOH[0], strict=True) for _ in heads]
-        multipliers = torch.tensor([list(layer) for layer in multipliers_LK], dtype=torch.int64)
-        if multipliers.shape != (len(primes), max(orders_O)):
-            raise KernelError(f"multipliers {list(multipliers.shape)} must be one for each of {len(primes)} layers "
-                              f"and {max(orders_O)} distances")  # fmt: skip
+        multipliers = torch.tensor([list(layer) for layer in multipliers_LX], dtype=torch.int64)
+        depth, columns = max(orders_O), len(order)
+        if multipliers.shape != (len(primes), depth * (columns if sums else 1)):
+            raise KernelError(f"multipliers {list(multipliers.shape)} must be one for each of {len(primes)} layers"
+                              f"{f', {columns} columns' if sums else ''} and {depth} distances")  # fmt: skip
         token_map = None if token_map_V is None else torch.as_tensor(token_map_V, dtype=torch.int64).to(device)
+        if token_map is not None and len(token_map) < vocab_size:
+            raise KernelError(f"the token map has {len(token_map)} ids, the vocabulary {vocab_size}")
         return cls(
             multipliers.to(device), primes.to(device), (primes.cumsum(1) - primes).to(device),
-            torch.tensor(order, dtype=torch.int64, device=device), fill, token_map,
+            torch.tensor(order, dtype=torch.int64, device=device), depth, fill, vocab_size, negative_ids, sums,
+            token_map,
         )  # fmt: skip
 
 
@@ -182,10 +197,10 @@ def hash_layers(
 
     `ids` are raw where the constants have a token map (negative ids pass through); `history` holds compressed ids, J at
     least the highest order minus one. `dead`, `start`, `stop` are bool as in reference.look_back. KernelError for other
-    types, shapes, devices; for an id outside the token map see the head of this file.
+    types, shapes, devices; for an id outside the vocabulary see the head of this file.
     """
     device = _runs_on(ids_BT)
-    (layers, depth), columns = constants.multipliers_LK.shape, constants.order_C.numel()
+    layers, depth, columns = len(constants.primes_LC), constants.depth, constants.order_C.numel()
     if ids_BT.dim() != 2 or history_BJ.dim() != 2 or history_BJ.shape[1] < depth - 1:
         raise KernelError(
             f"ids must be [B, T] and history [B, J] with J of at least {depth - 1}, "
@@ -197,10 +212,11 @@ def hash_layers(
     _fits("dead", dead_BT, (torch.bool,), (batch, length), device)
     for name, flags in (("start", start_BJT), ("stop", stop_BJT)):
         _fits(name, flags, (torch.bool,), (batch, kept + length), device)
-    token_map = constants.token_map_V
-    _fits("multipliers", constants.multipliers_LK, (torch.int64,), (layers, depth), device)
-    if device.type == "cpu" and token_map is not None and ids_BT.numel() and int(ids_BT.max()) >= len(token_map):
-        raise KernelError(f"token id {int(ids_BT.max())} is outside the vocabulary of {len(token_map)} ids")
+    _fits("primes", constants.primes_LC, (torch.int64,), (layers, columns), device)
+    if device.type == "cpu" and ids_BT.numel():
+        least, most = int(ids_BT.min()), int(ids_BT.max())
+        if most >= constants.vocab_size or (least < 0 and not constants.negative_ids):
+            raise id_outside(ids_BT.numpy(), constants.vocab_size)
     shape = (layers, batch, length, columns)
     out = torch.empty(shape, dtype=torch.int64, device=device) if out is None else out
     _fits("out", out, (torch.int64,), shape, device)
@@ -218,11 +234,11 @@ def _launch_hash(
         with _current(ids_BT.device):
             kernels.hash_rows[(-(-batch * length // HASH_TILE), layers)](
                 ids_BT, ids_BT if token_map is None else token_map, dead_BT.view(torch.uint8),
-                start_BJT.view(torch.uint8), stop_BJT.view(torch.uint8), history_BJ, constants.multipliers_LK,
+                start_BJT.view(torch.uint8), stop_BJT.view(torch.uint8), history_BJ, constants.multipliers_LX,
                 constants.primes_LC, constants.offsets_LC, constants.order_C, out, _fault(ids_BT.device),
-                batch * length, length, constants.fill, 0 if token_map is None else len(token_map),
-                J=history_BJ.shape[1], DEPTH=constants.multipliers_LK.shape[1], C=columns, BC=_power_of_two(columns),
-                BT=HASH_TILE, MAPPED=token_map is not None,
+                batch * length, length, constants.fill, constants.vocab_size,
+                J=history_BJ.shape[1], DEPTH=constants.depth, C=columns, BC=_power_of_two(columns),
+                BT=HASH_TILE, MAPPED=token_map is not None, NEGATIVE=constants.negative_ids, SUMS=constants.sums,
             )  # fmt: skip
 
 

@@ -73,12 +73,22 @@ def hash_ngrams(
     return np.concatenate(columns, axis=-1)
 
 
+def sum_ngrams(tokens_BTK: Ints, multipliers_CK: Ints, moduli_C: Ints) -> Ints:
+    """Head-local row ids, int64 [B, T, C]: sum of tokens[k] * multipliers[c, k] in wrapping int64, mod moduli[c]."""
+    sums_BTC = np.zeros((*tokens_BTK.shape[:-1], len(moduli_C)), dtype=np.int64)
+    for k in range(tokens_BTK.shape[-1]):
+        sums_BTC += tokens_BTK[..., k, None] * multipliers_CK[:, k]
+    return np.remainder(sums_BTC, moduli_C)
+
+
 class Hasher:
     """Token ids to row ids, with the constants of a layout: compression, look-back and hash of every layer.
 
     `token_map` compresses ids (None: raw ids are hashed); `negative_ids`: ids below zero are allowed and pass through
     it. An id in `dead_ids` (or below zero where `dead_negative`) and `reset_id` stop a look-back, see `look_back`; what
-    cannot be looked at counts as `fill`. Columns of `primes` and `offsets` are order-major, head-minor.
+    cannot be looked at counts as `fill`. Columns of `primes` and `offsets` are order-major, head-minor. A layer has one
+    multiplier for each distance; where `sums`, products are added instead of combined by XOR, and a layer has as many
+    multipliers for each column, column after column (0 from the column's order on).
     """
 
     def __init__(
@@ -96,11 +106,13 @@ class Hasher:
         dead_negative: bool,
         reset_id: int | None,
         fill: int,
+        sums: bool = False,
     ) -> None:
         self.token_map, self.vocab_size, self.negative_ids = token_map, vocab_size, negative_ids
         self.orders, self.heads, self.multipliers = orders, heads, multipliers
         self.primes, self.offsets = primes, offsets
         self.dead_ids, self.dead_negative, self.reset_id, self.fill = dead_ids, dead_negative, reset_id, fill
+        self.sums = sums
 
     def compress(self, ids: Ints) -> Ints:
         """Compressed ids, elementwise; KernelError for an id outside the vocabulary."""
@@ -140,8 +152,13 @@ class Hasher:
         )  # fmt: skip
         out = []
         for layer in layers:
-            primes_OH = [self.primes[layer][i : i + self.heads] for i in range(0, len(self.primes[layer]), self.heads)]
-            found = hash_ngrams(tokens_BTK, self.multipliers[layer], self.orders, primes_OH)
+            if self.sums:
+                multipliers_CK = np.array(self.multipliers[layer], dtype=np.int64).reshape(-1, self.orders[-1])
+                found = sum_ngrams(tokens_BTK, multipliers_CK, np.array(self.primes[layer], dtype=np.int64))
+            else:
+                primes = self.primes[layer]
+                primes_OH = [primes[i : i + self.heads] for i in range(0, len(primes), self.heads)]
+                found = hash_ngrams(tokens_BTK, self.multipliers[layer], self.orders, primes_OH)
             out.append(found if local else found + np.asarray(self.offsets[layer], dtype=np.int64))
         return out
 

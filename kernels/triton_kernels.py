@@ -239,14 +239,15 @@ def gather_rows(
 
 @triton.jit
 def hash_rows(
-    ids_BT, token_map, dead_BT, start_BJT, stop_BJT, history_BJ, multipliers_LK, primes_LC, offsets_LC, order_C,
+    ids_BT, token_map, dead_BT, start_BJT, stop_BJT, history_BJ, multipliers_LX, primes_LC, offsets_LC, order_C,
     out_LBTC, fault, tokens, length, fill, vocabulary,
     J: tl.constexpr, DEPTH: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, MAPPED: tl.constexpr,
+    NEGATIVE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """One program hashes BT positions for one layer: look back, multiply, XOR, modulo, offset.
+    """One program hashes BT positions for one layer: look back, multiply, XOR or add, modulo, offset.
 
-    The formulas are look_back and hash_ngrams of kernels/reference.py. Column c takes the tokens at the distances below
-    order_C[c]. Triton's % has the sign of the dividend, the hash's modulo is never negative.
+    The formulas are look_back, hash_ngrams and sum_ngrams of kernels/reference.py. Column c takes the tokens at the
+    distances below order_C[c]. Triton's % has the sign of the dividend, the hash's modulo is never negative.
     """
     layer = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -264,18 +265,24 @@ def hash_rows(
             blocked = blocked | (started != 0) | (stopped != 0)
         now = here & (t >= k)
         token = tl.load(ids_BT + place - k, mask=now, other=0)
+        wrong = now & (token >= vocabulary)
+        if not NEGATIVE:
+            wrong = wrong | (now & (token < 0))
+        tl.store(fault + 0 * token, BAD_TOKEN, mask=wrong)
+        tl.store(fault + 1 + 0 * token, token, mask=wrong)
         if MAPPED:
-            wrong = now & (token >= vocabulary)
-            tl.store(fault + 0 * token, BAD_TOKEN, mask=wrong)
-            tl.store(fault + 1 + 0 * token, token, mask=wrong)
             known = (token >= 0) & (token < vocabulary)  # a negative id passes through
             token = tl.where(known, tl.load(token_map + token, mask=now & known, other=0), token)
         if k > 0:
             before = tl.load(history_BJ + batch * J + J + t - k, mask=here & (t < k), other=0)
             token = tl.where(t < k, before, token)
         token = tl.where(blocked, fill, token)
-        product = token * tl.load(multipliers_LK + layer * DEPTH + k)
-        mixed = mixed ^ tl.where((order > k)[None, :], product[:, None], 0)
+        if SUMS:
+            by = tl.load(multipliers_LX + (layer * C + c) * DEPTH + k, mask=(c < C) & (order > k), other=0)
+            mixed = mixed + token[:, None] * by[None, :]
+        else:
+            product = token * tl.load(multipliers_LX + layer * DEPTH + k)
+            mixed = mixed ^ tl.where((order > k)[None, :], product[:, None], 0)
     prime = tl.load(primes_LC + layer * C + c, mask=c < C, other=1)[None, :]
     rest = mixed % prime
     rest = tl.where(rest < 0, rest + prime, rest)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from layouts import layout_of
 from numpy.typing import NDArray
 
 from engram import EngramError
@@ -221,8 +222,8 @@ def test_hash_equals_the_reference(gpu: Any, batch: int, length: int, kept: int)
     primes = random.integers(2, 1 << 33, (2, 2, 3))
     for mapped in (True, False):
         constants = gpu.HashConstants.of(
-            multipliers.tolist(), orders, primes.tolist(), fill=fill, token_map_V=token_map if mapped else None,
-            device=DEVICE,
+            multipliers.tolist(), orders, primes.tolist(), fill=fill, vocab_size=200,
+            token_map_V=token_map if mapped else None, device=DEVICE,
         )  # fmt: skip
         got = gpu.hash_layers(on(ids), on(dead), on(start), on(stop), on(history), constants).cpu().numpy()
         tokens = np.where(ids >= 0, token_map[np.maximum(ids, 0)], ids) if mapped else ids
@@ -234,19 +235,36 @@ def test_hash_equals_the_reference(gpu: Any, batch: int, length: int, kept: int)
         assert length < 40 or (got >= 0).all()
 
 
-@pytest.mark.parametrize("dialect", ["demo", "v41", "qwen-ple"])
+@pytest.mark.parametrize("length", [1, 40])
+def test_sums_equal_the_reference(gpu: Any, length: int) -> None:
+    """Multipliers over the whole of int64, others for each column, so that sums wrap and are negative; two layers."""
+    random = np.random.default_rng(length)
+    orders, depth, columns = (1, 2, 4), 4, 9
+    ids, history = random.integers(0, 200, (3, length)), random.integers(0, 200, (3, 5))
+    dead, start, stop = random_flags(random, 3, length, 5)
+    multipliers = random.integers(-(1 << 63), 1 << 63, (2, columns, depth))
+    multipliers[:, np.arange(depth) >= np.repeat(orders, 3)[:, None]] = 0
+    primes = random.integers(2, 1 << 33, (2, 3, 3))
+    constants = gpu.HashConstants.of(
+        multipliers.reshape(2, -1).tolist(), orders, primes.tolist(), fill=0, vocab_size=200, sums=True, device=DEVICE
+    )
+    got = gpu.hash_layers(on(ids), on(dead), on(start), on(stop), on(history), constants).cpu().numpy()
+    back = reference.look_back(ids, dead, start, stop, history, fill=0, depth=depth)
+    for layer in range(2):
+        moduli = primes[layer].reshape(-1)
+        local = reference.sum_ngrams(back, multipliers[layer], moduli)
+        np.testing.assert_array_equal(got[layer], local + np.cumsum([0, *moduli[:-1]]))
+
+
+@pytest.mark.parametrize("dialect", ["demo", "v41", "qwen-ple", "longcat", "identity"])
 def test_hash_equals_the_layout_in_chunks(gpu: Any, dialect: str) -> None:
-    raw, reset = dialect == "qwen-ple", 5 if dialect == "qwen-ple" else None
-    layout = Layout.build(
-        dialect=dialect, orders=(2, 3), heads=3, head_dim=4, layers=(1, 4), rows_per_head=1000, pad_id=2,
-        vocab_size=40, token_map=None if raw else np.arange(40)[::-1] // 2, reset_id=reset,
-    )  # fmt: skip
-    fill = reset if reset is not None else int(layout.compress(np.array(2)))
+    layout = layout_of(dialect)
     constants = gpu.HashConstants.of(
         [layout.multipliers[n] for n in layout.layers], layout.orders, [layout.primes[n] for n in layout.layers],
-        fill=fill, token_map_V=layout.token_map, device=DEVICE,
+        fill=layout._hasher().fill, vocab_size=40, negative_ids=not layout.rules.raw, sums=layout.rules.sums,
+        token_map_V=layout.token_map, device=DEVICE,
     )  # fmt: skip
-    ids = np.random.default_rng(3).integers(0 if raw else -1, 40, (2, 23))
+    ids = np.random.default_rng(3).integers(0 if layout.rules.raw else -1, 40, (2, 23))
     before = layout._beginning(2)
     want = layout.rows(ids)
     for begin, end in ((0, 1), (1, 3), (3, 20), (20, 23)):
@@ -261,11 +279,13 @@ def test_hash_equals_the_layout_in_chunks(gpu: Any, dialect: str) -> None:
 
 
 def test_hash_refuses_what_it_cannot_hash(gpu: Any) -> None:
-    constants = gpu.HashConstants.of([[3, 5]], (2,), [[[101]]], fill=0, token_map_V=np.arange(9), device=DEVICE)
+    constants = gpu.HashConstants.of(
+        [[3, 5]], (2,), [[[101]]], fill=0, vocab_size=9, token_map_V=np.arange(9), device=DEVICE
+    )
     ids, flag, flags = on(np.array([[4, 9]])), on(np.zeros((1, 2), bool)), on(np.zeros((1, 3), bool))
     one, out = on(np.zeros((1, 1), dtype=np.int64)), on(np.zeros((1, 1, 2, 1), dtype=np.int64))
     if not NATIVE:
-        with pytest.raises(gpu.KernelError, match="token id 9 is outside the vocabulary of 9 ids"):
+        with pytest.raises(gpu.KernelError, match="token id 9 is outside the layout's vocabulary of 9 ids"):
             gpu.hash_layers(ids, flag, flags, flags, one, constants)
     gpu._launch_hash(ids, flag, flags, flags, one, constants, out)
     with pytest.raises(gpu.KernelError, match="token id 9 is outside the vocabulary"):
@@ -275,7 +295,25 @@ def test_hash_refuses_what_it_cannot_hash(gpu: Any) -> None:
     with pytest.raises(gpu.KernelError, match=r"stop must be bool \[1, 3\]"):
         gpu.hash_layers(ids, flag, flags, flag, one, constants)
     with pytest.raises(gpu.KernelError, match="multipliers"):
-        gpu.HashConstants.of([[3, 5, 7]], (2,), [[[101]]], fill=0, device=DEVICE)
+        gpu.HashConstants.of([[3, 5, 7]], (2,), [[[101]]], fill=0, vocab_size=9, device=DEVICE)
+    with pytest.raises(gpu.KernelError, match="1 layers, 2 columns and 2 distances"):
+        gpu.HashConstants.of([[3, 5]], (2,), [[[101, 103]]], fill=0, vocab_size=9, sums=True, device=DEVICE)
+    with pytest.raises(gpu.KernelError, match="the token map has 8 ids, the vocabulary 9"):
+        gpu.HashConstants.of([[3, 5]], (2,), [[[1]]], fill=0, vocab_size=9, token_map_V=np.arange(8), device=DEVICE)
+
+
+@pytest.mark.parametrize("wrong", [9, -1])
+def test_raw_ids_outside_the_vocabulary_are_faults(gpu: Any, wrong: int) -> None:
+    """The identity's row is its id: one that has no row must not become another's."""
+    constants = gpu.HashConstants.of([[1]], (1,), [[[9]]], fill=0, vocab_size=9, negative_ids=False, device=DEVICE)
+    ids, flag = on(np.array([[4, wrong]])), on(np.zeros((1, 2), bool))
+    nothing, out = on(np.zeros((1, 0), dtype=np.int64)), on(np.zeros((1, 1, 2, 1), dtype=np.int64))
+    if not NATIVE:
+        with pytest.raises(gpu.KernelError, match=f"token id {wrong} is outside the layout's vocabulary of 9 ids"):
+            gpu.hash_layers(ids, flag, flag, flag, nothing, constants)
+    gpu._launch_hash(ids, flag, flag, flag, nothing, constants, out)
+    with pytest.raises(gpu.KernelError, match=f"token id {wrong} is outside the vocabulary"):
+        gpu.check(DEVICE)
 
 
 # The kernel computes in fp32, the reference in float64: a few units of 2^-24 of the largest term. With bf16 each result

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import layout_of
 
-from engram.builders.layout import Layout, LayoutError
+from engram.builders.hash_constants import DIALECTS
+from engram.builders.layout import LayoutError
 from engram.kernels import dispatch, reference
 from engram.kernels.reference import KernelError
 
@@ -60,6 +62,26 @@ def test_hash_equals_the_reference(path: str, moduli: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("path", CPP)
+@pytest.mark.parametrize("moduli", MODULI)
+def test_sums_equal_the_reference(path: str, moduli: tuple[int, int]) -> None:
+    """A multiplier for each column and distance, over all of int64: wrapping, negative sums."""
+    rng = np.random.default_rng(moduli[0])
+    for length in (0, 1, 2, 5, 255, 256, 257, 1100):
+        constants = _constants(rng, *moduli, sums=True)
+        columns = 3 * constants["heads"]
+        own = rng.integers(-(2**63), 2**63 - 1, (2, columns, 4))
+        own[:, np.arange(4) >= np.repeat(constants["orders"], constants["heads"])[:, None]] = 0
+        constants["multipliers"] = own.reshape(2, -1).tolist()
+        question = _question(rng, 2, length, 3)
+        for local in (False, True):
+            expected = reference.Hasher(**constants).rows(*question, [1, 0], local)
+            with dispatch.force(path):
+                got = dispatch.ops().Hasher(**constants).rows(*question, [1, 0], local)
+            for a, b in zip(got, expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("path", CPP)
 def test_the_modulo_is_exact_at_its_edges(path: str) -> None:
     """Mixes next to multiples of the modulus, to both sides, up to the ends of int64."""
     rng = np.random.default_rng(0)
@@ -85,11 +107,7 @@ def test_the_modulo_is_exact_at_its_edges(path: str) -> None:
 @given(data=st.data())
 def test_chunks_hash_like_the_whole(path: str, data: st.DataObject) -> None:
     """Cutting a text anywhere, with the history carried over, changes no row of any dialect."""
-    dialect = data.draw(st.sampled_from(["demo", "v41", "qwen-ple"]))
-    layout = Layout.build(
-        dialect=dialect, orders=(2, 3), heads=3, head_dim=4, layers=(0, 5), rows_per_head=5000, pad_id=2, vocab_size=40,
-        reset_id=9 if dialect == "qwen-ple" else None, dead_ids=(4,) if dialect == "v41" else (),
-    )  # fmt: skip
+    layout = layout_of(data.draw(st.sampled_from(list(DIALECTS))))
     ids = np.array([data.draw(st.lists(st.integers(0, 39), min_size=1, max_size=30))])
     cut = data.draw(st.integers(0, ids.shape[1]))
     with dispatch.force(path):
@@ -103,13 +121,11 @@ def test_chunks_hash_like_the_whole(path: str, data: st.DataObject) -> None:
         np.testing.assert_array_equal(np.concatenate([first[layer], rest[layer]], axis=1), whole[layer])
 
 
+@pytest.mark.parametrize("dialect", ["qwen-ple", "longcat", "identity"])
 @pytest.mark.parametrize("path", PATHS)
-def test_an_id_outside_is_an_error(path: str) -> None:
-    """The error names the id and the vocabulary."""
-    layout = Layout.build(
-        dialect="qwen-ple", orders=(2,), heads=1, head_dim=4, layers=(0,), rows_per_head=50, pad_id=2, vocab_size=40,
-        reset_id=9,
-    )  # fmt: skip
+def test_an_id_outside_is_an_error(path: str, dialect: str) -> None:
+    """The error names the id and the vocabulary; also where the table has rows for more ids."""
+    layout = layout_of(dialect)
     with dispatch.force(path):
         for wrong in (40, -1, 2**40):
             with pytest.raises(LayoutError, match=f"token id {wrong} is outside the layout's vocabulary of 40 ids"):

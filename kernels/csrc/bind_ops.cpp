@@ -30,7 +30,7 @@ public:
     Hasher(const std::optional<In<int64_t, 1>>& token_map, int64_t vocab_size, bool negative_ids, Numbers orders,
            int64_t heads, const std::vector<Numbers>& multipliers, const std::vector<Numbers>& primes,
            const std::vector<Numbers>& offsets, Numbers dead_ids, bool dead_negative, std::optional<int64_t> reset_id,
-           int64_t fill) {
+           int64_t fill, bool sums) {
         plan_.orders = std::move(orders);
         plan_.heads = heads;
         plan_.columns = heads * int64_t(plan_.orders.size());
@@ -39,10 +39,12 @@ public:
         plan_.vocab_size = vocab_size, plan_.negative_ids = negative_ids;
         plan_.dead_ids = std::move(dead_ids), plan_.dead_negative = dead_negative;
         plan_.resets = reset_id.has_value(), plan_.reset_id = reset_id.value_or(0), plan_.fill = fill;
+        plan_.sums = sums;
+        const int64_t wanted = plan_.depth * (sums ? plan_.columns : 1);
         for (size_t l = 0; l < multipliers.size(); ++l) {
             HashLayer layer;
             layer.multipliers = multipliers[l], layer.primes = primes[l], layer.offsets = offsets[l];
-            if (int64_t(layer.multipliers.size()) < plan_.depth || int64_t(layer.primes.size()) != plan_.columns ||
+            if (int64_t(layer.multipliers.size()) < wanted || int64_t(layer.primes.size()) != plan_.columns ||
                 int64_t(layer.offsets.size()) != plan_.columns)
                 throw std::invalid_argument("constants of another number of orders or heads");
             for (int64_t p : layer.primes) {
@@ -84,7 +86,7 @@ public:
         std::vector<uint8_t> starts(size_t(J + BLOCK)), stops(size_t(J + BLOCK)), dead(static_cast<size_t>(BLOCK));
         std::vector<const int64_t*> tokens(static_cast<size_t>(plan_.depth));
         const Numbers none(static_cast<size_t>(plan_.columns), 0);
-        const HashRows work = active_table().hash_rows;
+        const HashRows work = plan_.sums ? active_table().hash_sums : active_table().hash_rows;
         for (int64_t b = 0; b < B; ++b) {
             for (int64_t j = 0; j < J; ++j) {
                 line[j] = past_ids.data()[b * J + j];
@@ -205,10 +207,10 @@ void bind_ops(nb::module_& m) {
     nb::class_<Hasher>(m, "Hasher")
         .def(nb::init<const std::optional<In<int64_t, 1>>&, int64_t, bool, Numbers, int64_t, const std::vector<Numbers>&,
                       const std::vector<Numbers>&, const std::vector<Numbers>&, Numbers, bool, std::optional<int64_t>,
-                      int64_t>(),
+                      int64_t, bool>(),
              nb::arg("token_map").none(), nb::arg("vocab_size"), nb::arg("negative_ids"), nb::arg("orders"),
              nb::arg("heads"), nb::arg("multipliers"), nb::arg("primes"), nb::arg("offsets"), nb::arg("dead_ids"),
-             nb::arg("dead_negative"), nb::arg("reset_id").none(), nb::arg("fill"))
+             nb::arg("dead_negative"), nb::arg("reset_id").none(), nb::arg("fill"), nb::arg("sums"))
         .def("rows", &Hasher::rows, nb::arg().noconvert(), nb::arg().noconvert().none(), nb::arg().noconvert(),
              nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg());
     m.def("scatter_add", &scatter_add, nb::arg().noconvert(), nb::arg().noconvert());

@@ -8,7 +8,7 @@ namespace engram {
 
 // One layer's constants. Columns are order-major, head-minor.
 struct HashLayer {
-    std::vector<int64_t> multipliers;           // [highest order]
+    std::vector<int64_t> multipliers;           // [highest order], of sums [columns][highest order]
     std::vector<int64_t> primes, offsets;       // [columns]
     std::vector<double> inverses;               // 1 / prime
     bool divide = false;  // a modulus under 4096 or from 2^60: multiplication would not be exact, or overflow
@@ -25,6 +25,7 @@ struct HashPlan {
     bool dead_negative = false;
     bool resets = false;
     int64_t reset_id = 0, fill = 0;
+    bool sums = false;                          // products are added, not combined by XOR
 };
 
 // Rows [n, columns] of n positions; tokens[k][i] is the token k places before position i.

@@ -6,10 +6,11 @@
     namespace isa {                          \
     extern const RowTable row_table;         \
     extern const HashRows hash_rows;         \
+    extern const HashRows hash_sums;         \
     extern const RunGateStep gate_step;      \
     extern const EncodeTable encode_table;   \
     }
-#define ENGRAM_TABLE(isa) IsaTable{&isa::row_table, isa::hash_rows, isa::gate_step, &isa::encode_table}
+#define ENGRAM_TABLE(isa) IsaTable{&isa::row_table, isa::hash_rows, isa::hash_sums, isa::gate_step, &isa::encode_table}
 
 namespace engram {
 

@@ -18,7 +18,7 @@ struct RowTable {
 
 struct IsaTable {
     const RowTable* rows;
-    HashRows hash_rows;
+    HashRows hash_rows, hash_sums;
     RunGateStep gate_step;
     const EncodeTable* encode;
 };

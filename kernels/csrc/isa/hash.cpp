@@ -86,10 +86,37 @@ void rows(const int64_t* orders, int64_t order_count, int64_t heads, const int64
     }
 }
 
+// The same where products are added: `multipliers` [columns][highest order], each column by its own.
+void sums(const int64_t* orders, int64_t order_count, int64_t heads, const int64_t* multipliers, const int64_t* primes,
+          const int64_t* offsets, const double* inverses, bool divide, const int64_t* const* tokens, int64_t n,
+          int64_t* out) {
+    const int64_t columns = order_count * heads, depth = orders[order_count - 1];
+    int64_t total[BLOCK];
+    for (int64_t begin = 0; begin < n; begin += BLOCK, out += BLOCK * columns) {
+        const int64_t count = n - begin < BLOCK ? n - begin : BLOCK;
+        for (int64_t c = 0; c < columns; ++c) {
+            const int64_t p = primes[c], offset = offsets[c];
+            for (int64_t k = 0; k < orders[c / heads]; ++k) {
+                const int64_t* from = tokens[k] + begin;
+                const uint64_t by = uint64_t(multipliers[c * depth + k]);
+                for (int64_t i = 0; i < count; ++i)
+                    total[i] = int64_t((k ? uint64_t(total[i]) : 0) + uint64_t(from[i]) * by);
+            }
+            if (divide)
+                for (int64_t i = 0; i < count; ++i) total[i] = exact_modulo(total[i], p) + offset;
+            else
+                for (int64_t i = 0; i < count; ++i) total[i] = fast_modulo(total[i], p, inverses[c]) + offset;
+            for (int64_t i = 0; i < count; ++i) out[i * columns + c] = total[i];
+        }
+    }
+}
+
 }  // namespace
 
 using HashRows = decltype(&rows);
 extern const HashRows hash_rows;
 const HashRows hash_rows = rows;
+extern const HashRows hash_sums;
+const HashRows hash_sums = sums;
 
 }  // namespace engram::ENGRAM_ISA

@@ -37,7 +37,7 @@ DIALECTS = {
     "v41": Dialect(dead_negative=True),  # DeepSeek-V4.1-Flash
     "qwen-ple": Dialect(raw=True, resets=True, multiple=128),  # Qwen3.8-Flash-Next
     "longcat": Dialect(raw=True, resets=True, sums=True, fill=0),  # LongCat-Flash-Lite
-    "identity": Dialect(raw=True),  # per-token tables (Gemma 3n and 4): the row is the id
+    "identity": Dialect(raw=True),  # per-token tables (Gemma 3n and 4): row = heads * id + head
 }
 
 

@@ -82,10 +82,10 @@ class Layout:
             raise LayoutError(f"dialect {self.dialect!r} hashes raw ids", hint="pass no token map")
         if self.rules.resets and self.reset_id is None:
             raise LayoutError(f"dialect {self.dialect!r} resets at a token", hint="pass a reset_id")
-        if self.dialect == "identity" and (self.orders != (1,) or self.heads != 1 or self.dead_ids):
+        if self.dialect == "identity" and (self.orders != (1,) or self.dead_ids):
             raise LayoutError(
-                "dialect 'identity' has one row for every id: orders [1], heads 1 and no dead_ids, found "
-                f"{list(self.orders)}, {self.heads} and {list(self.dead_ids)}"
+                "dialect 'identity' has rows of its own for every id: orders [1] and no dead_ids, found "
+                f"{list(self.orders)} and {list(self.dead_ids)}"
             )
         for layer in self.layers:
             self._check_layer(layer)
@@ -102,17 +102,19 @@ class Layout:
             raise LayoutError(f"layer {layer} has a multiplier that does not fit 64 bits: {multipliers}")
         if [len(heads) for heads in primes] != [self.heads] * len(self.orders):
             raise LayoutError(f"layer {layer} needs {self.heads} primes for each of the orders {list(self.orders)}")
-        needed = sum(sum(heads) for heads in primes)
+        needed = sum(sum(heads) for heads in primes) // (self.heads if self.dialect == "identity" else 1)
         if self.table_rows.get(layer, -1) < needed or min(min(heads) for heads in primes) < 1:
             raise LayoutError(f"layer {layer} stores {self.table_rows.get(layer)} rows, its primes need {needed}")
         if self.table_rows[layer] >= _WHOLE:
             raise LayoutError(f"layer {layer} stores {self.table_rows[layer]} rows, which does not fit 64 bits")
         if self.rules.sums:
             self._check_sums(layer)
-        if self.dialect == "identity" and (multipliers != (1,) or self.vocab_size > needed):
+        if self.dialect == "identity" and (
+            multipliers != (self.heads,) or self.vocab_size * self.heads > needed or len(set(primes[0])) > 1
+        ):
             raise LayoutError(
                 f"layer {layer} has the multiplier {multipliers[0]} and {needed} rows for {self.vocab_size} ids: in "
-                "dialect 'identity' the row is the id"
+                f"dialect 'identity' rows are {self.heads} * id + head"
             )
 
     def _check_sums(self, layer: int) -> None:
@@ -157,7 +159,7 @@ class Layout:
         """Derive multipliers and moduli by the dialect's rules, from what its published checkpoints state.
 
         demo, v41, qwen-ple: `rows_per_head` is where the search for primes starts, one number or one for each order.
-        identity: `rows_per_head` is the number of rows; without it, one for each id. longcat: the `moduli` of all
+        identity: `rows_per_head` is the number of ids that have rows; without it, all. longcat: the `moduli` of all
         columns, order-major, the same in every layer. Any dialect: `multipliers` and `primes`, as they are stored for
         its only layer, order-major. `vocab_size` is the number of raw ids; with a token map the number of distinct
         compressed ids is taken from it. `table_rows` are those stored, by layer; without them they are the sums of the
@@ -174,7 +176,9 @@ class Layout:
         )
         if table_rows is None:
             multiple = DIALECTS[dialect].multiple if multiple is None else multiple
-            table_rows = {layer: -(-sum(map(sum, moduli_by_layer[layer])) // multiple) * multiple for layer in layers}
+            shared = heads if dialect == "identity" else 1  # heads of the same rows
+            sums = {layer: sum(map(sum, moduli_by_layer[layer])) // shared for layer in layers}
+            table_rows = {layer: -(-rows // multiple) * multiple for layer, rows in sums.items()}
         return cls(
             dialect=dialect, orders=tuple(orders), heads=heads, head_dim=head_dim, layers=tuple(layers), seed=seed,
             pad_id=pad_id, vocab_size=vocab_size, compressed_size=compressed,
@@ -200,6 +204,8 @@ class Layout:
 
     def offsets(self, layer: int) -> Ints:
         """First row of every column in the layer's table, int64 [C]."""
+        if self.dialect == "identity":  # all heads of an id side by side
+            return np.arange(self.heads, dtype=np.int64)
         flat = [prime for heads in self.primes[layer] for prime in heads]
         return np.cumsum([0, *flat[:-1]], dtype=np.int64)
 
@@ -392,7 +398,7 @@ def _constants(
     if len(sizes_O) != len(orders) or min(sizes_O, default=0) < 1:
         raise LayoutError(f"rows_per_head {sizes_O} must be one positive number, or one for each of {list(orders)}")
     if dialect == "identity":
-        return dict.fromkeys(layers, (1,)), {layer: ((sizes_O[0],),) for layer in layers}
+        return dict.fromkeys(layers, (heads,)), dict.fromkeys(layers, ((sizes_O[0] * heads,) * heads,))
     if dialect == "qwen-ple":
         made = {
             layer: hash_constants.splitmix_multipliers(hashed_ids, place, orders[-1], seed)

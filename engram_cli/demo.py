@@ -182,7 +182,7 @@ class _Demo:
 
     def export(self) -> dict[str, Any]:
         from engram.quantize.package import ExportConfig, export_package
-from engram.quantize.verify import verify_package
+        from engram.quantize.verify import verify_package
 
         exported = export_package(ExportConfig(self.out / "quantized", self.out / "package", force=True), self.seen)
         return exported | {"verify": verify_package(self.out / "package", self.seen)}

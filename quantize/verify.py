@@ -13,7 +13,7 @@ from engram.builders.backbone import BackboneRef
 from engram.builders.checkpoint import MANIFEST, TOKENIZER_FILES
 from engram.builders.families.known import find_published
 from engram.builders.families.layouts import layout_of
-from engram.builders.golden_rows import golden_problems
+from engram.builders.golden_rows import constant_problems, golden_problems
 from engram.builders.layout import Layout
 from engram.builders.tensor_files import Tensor, TensorFiles, read_header
 from engram.quantize.foreign_rows import ForeignRows

@@ -19,8 +19,8 @@ from engram.builders.fetch import hash_file
 from engram.builders.layout import Layout
 from engram.kernels.codecs import Floats
 from engram.quantize.package import ExportConfig, PackageError, export_package, open_package
-from engram.quantize.verify import verify_package
 from engram.quantize.tables import QuantizeConfig, quantize
+from engram.quantize.verify import verify_package
 from engram.runtime import hot_rows, warm
 from engram.runtime.bench_race import BenchError
 from engram.runtime.bench_rows import BenchRowsConfig, bench_rows

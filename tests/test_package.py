@@ -24,9 +24,9 @@ from engram.kernels.codecs import CODECS, Floats
 from engram.quantize.extent_writer import map_extents
 from engram.quantize.extents import Source
 from engram.quantize.package import ExportConfig, PackageError, export_package, open_package
-from engram.quantize.verify import verify_package
 from engram.quantize.row_store import RowStoreError, write_table
 from engram.quantize.tables import QuantizeConfig, quantize
+from engram.quantize.verify import verify_package
 
 WIDTH = 8
 SEED = {"big": b"\1" * (2 << 20)}

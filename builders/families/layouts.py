@@ -37,12 +37,13 @@ def layout_of(found: Published, folder: Path, tokenizer: str | Path | None = Non
             )
         tokenizer_sha256 = _sha256(tokenizer_bytes(source))
     vocabulary = found.vocab_size if compressed is None else len(compressed.token_map)
-    dead = found.hashing.get("dead_ids", ())
+    hashing = dict(found.hashing)
+    if "multipliers" in hashing:  # of a GGUF, which pads its table as it likes
+        hashing["table_rows"] = {table.layer: table.rows for table in found.tables}
     layout = Layout.build(
         dialect=found.dialect, orders=found.orders, heads=found.heads, head_dim=found.head_dim, vocab_size=vocabulary,
         token_map=None if compressed is None else compressed.token_map,
-        tokenizer_sha256="" if compressed is None else tokenizer_sha256,
-        **{**found.hashing, **({"dead_ids": dead} if dead else {})},
+        tokenizer_sha256="" if compressed is None else tokenizer_sha256, **hashing,
     )  # fmt: skip
     for table in found.tables:
         if (derived := layout.table_rows[table.layer]) != table.rows:

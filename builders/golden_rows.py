@@ -15,7 +15,7 @@ from engram.builders.layout import Layout
 
 
 class Golden(NamedTuple):
-    """Rows of the last of some tokens: by layer, the first two heads of every order (of demo: all, within each head)."""
+    """Rows of the last of some tokens: by layer, the first heads of every order; `local` within each head."""
 
     model: str
     layout: dict[str, Any]

@@ -138,7 +138,7 @@ def export_package(config: ExportConfig, progress: Progress | None = None) -> di
                     raise PackageError(f"{config.source / name} changed while it was copied")
             reference = BackboneRef.from_json(manifest["backbone"])
             place = _embed if config.embed_backbone else _refer
-            backbone = place(reference, config.source, folder, progress)
+            backbone = reference if tables_only else place(reference, config.source, folder, progress)
             sizes = file_sizes(folder)
             origin = manifest.get("origin", {}) | {k: v for k, v in manifest.items() if k not in _FIELDS}
             write_manifest(

@@ -148,3 +148,50 @@ def write_qwen4exp_gguf(path: Path, kind: str = "Q4_0", **changes: Any) -> np.nd
     writer.write_tensors_to_file()
     writer.close()
     return stored
+
+
+def write_small_v41(folder: Path, base: int = 60, layers: tuple[int, ...] = (1, 3), seed: int = 0) -> dict[str, Any]:
+    """DeepSeek-V4.1's layout in miniature, with real bytes, a tokenizer and one shard a layer; all arrays."""
+    from safetensors.torch import save_file as save
+    from tokenizers import Tokenizer, models
+
+    from engram.builders.hash_constants import prime_moduli
+
+    import torch
+
+    folder.mkdir(parents=True)
+    words = ["a", "A", "b", "c", "the", "The", "cat", "Cat", "x", "y", "<img>", "z"]
+    Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a")).save(
+        str(folder / "tokenizer.json")
+    )
+    heads, orders, width, hidden, streams = 2, 2, 64, 16, 2
+    primes = prime_moduli(list(layers), [base] * orders, heads)
+    rows = {layer: sum(map(sum, primes[layer])) for layer in layers}
+    text = {
+        "engram_layer_ids": list(layers), "engram_num_embeddings": list(rows.values()), "engram_max_ngram_size": 3,
+        "engram_vocab_size": base, "engram_n_heads": heads, "engram_head_dim": width, "engram_pad_id": 2,
+        "engram_compressed_vocab_size": 9, "hidden_size": hidden, "hc_mult": streams, "vocab_size": len(words),
+        "image_token_id": 10,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v41", "text_config": text}))
+    generator, arrays, weight_map = np.random.default_rng(seed), {}, {}
+    for number, layer in enumerate(layers):
+        start = f"model.layers.{layer}.engram."
+        values = generator.integers(0, 256, (rows[layer], width), dtype=np.uint8) & 0xF7  # no NaN
+        scales = generator.integers(110, 140, (rows[layer], width // 32), dtype=np.uint8)
+        arrays[layer] = values, scales
+        wide = (hidden * (streams + 1), heads * orders * width)
+        shard = f"model-{number + 1:05d}-of-{len(layers) + 1:05d}.safetensors"
+        tensors = {
+            start + "embed.weight": torch.from_numpy(values).view(torch.float8_e4m3fn),
+            start + "embed.scale": torch.from_numpy(scales).view(torch.float8_e8m0fnu),
+            start + "wkv.weight": torch.randn(wide).to(torch.bfloat16),
+            start + "q_weight": torch.randn(streams, hidden), start + "k_weight": torch.randn(streams, hidden),
+        }  # fmt: skip
+        save(tensors, folder / shard)
+        weight_map |= dict.fromkeys(tensors, shard)
+    last = f"model-{len(layers) + 1:05d}-of-{len(layers) + 1:05d}.safetensors"
+    save({"model.norm.weight": torch.ones(hidden)}, folder / last)
+    weight_map["model.norm.weight"] = last
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return arrays

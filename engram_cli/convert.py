@@ -19,6 +19,10 @@ def convert(
         bool,
         typer.Option("--in-place", help="Leave the rows where they are: the package holds a checksummed map of them."),
     ] = False,
+    tables: Annotated[
+        Optional[str],
+        typer.Option(metavar="CODEC", help="Store rows in this codec, such as nf4, not the source's."),
+    ] = None,
     tokenizer: Annotated[
         Optional[str],
         typer.Option(metavar="PATH|NAME", help="The model's tokenizer, where SOURCE has none (DeepSeek needs it)."),
@@ -26,11 +30,11 @@ def convert(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Turn published tables into a package, byte for byte; only their shards are read."""
+    """Turn published tables into a package, byte for byte unless --tables; only their shards are read."""
     from engram.quantize.convert import ConvertConfig
     from engram.quantize.convert import convert as run
 
-    config = ConvertConfig(source, out, in_place=in_place, tokenizer=tokenizer, force=force)
+    config = ConvertConfig(source, out, in_place=in_place, tables=tables, tokenizer=tokenizer, force=force)
     result = run(config, progress.on_screen())
     if result["missing"] and not json:
         typer.echo(f"not here, so not kept: {', '.join(result['missing'])}", err=True)

@@ -7,8 +7,9 @@ Everything else of the memory (gates, projections, stored constants) is kept bes
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from engram.builders.fetch import hash_file
 from engram.builders.layout import Layout
 from engram.builders.process_memory import resident_bytes
 from engram.builders.tensor_files import TensorFiles
+from engram.kernels.codecs import Bytes, Codec, find_codec
 from engram.quantize.entries import entry_bytes
 from engram.quantize.extent_writer import map_extents
 from engram.quantize.extents import SUFFIX
@@ -30,8 +32,9 @@ from engram.quantize.folder import check_target
 from engram.quantize.foreign_rows import ForeignRows
 from engram.quantize.journal import Journal
 from engram.quantize.package import TOKEN_MAP, file_sizes, write_manifest
-from engram.quantize.row_store import RowWriter
+from engram.quantize.row_store import Geometry, RowWriter
 from engram.quantize.source_parts import SOURCE, describe_source, keep_source
+from engram.quantize.stream import encode_block
 
 
 class ConvertError(EngramError):
@@ -42,13 +45,15 @@ class ConvertError(EngramError):
 class ConvertConfig:
     """What to convert, and where the package goes.
 
-    `in_place`: the rows stay in the files of the source, and the package holds a map of them. `tokenizer`: a folder,
-    tokenizer.json or hub name, where the source has none of its own.
+    `in_place`: the rows stay in the files of the source, and the package holds a map of them. `tables`: another codec
+    to store the rows in; None keeps them byte for byte. `tokenizer`: a folder, tokenizer.json or hub name, where the
+    source has none of its own.
     """
 
     source: Path
     out: Path
     in_place: bool = False
+    tables: str | None = None
     tokenizer: str | None = None
     force: bool = False
 
@@ -63,17 +68,25 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> dict[str
     begin = time.monotonic()
     progress = progress or Progress()
     check_target(config.source, config.out, force=config.force, error=ConvertError)
+    if config.in_place and config.tables is not None:
+        raise ConvertError("rows that stay in place keep their codec", hint="leave out --tables, or --in-place")
+    codec = None if config.tables is None else find_codec(config.tables)
     found, files = find_published(config.source)
     rows = [ForeignRows.of(table) for table in found.tables]
+    for table in rows:  # refuse before any work
+        Geometry(codec or table.codec, table.rows, table.width, table.layer)
     layout = layout_of(found, config.source, config.tokenizer)
     stamps = _stamps(found)
     with resumable_folder(config.out, force=config.force, error=ConvertError) as work:
-        job = {"release": __version__, "in_place": config.in_place, "layout": layout.to_json(), "source": stamps}
+        job = {
+            "release": __version__, "in_place": config.in_place, "codec": config.tables, "layout": layout.to_json(),
+            "source": stamps,
+        }  # fmt: skip
         folder, journal = work.folder, Journal(work.folder, job)
         if journal.said:
             progress.say(journal.said)
         (folder / "tables").mkdir(exist_ok=True)
-        write = _map if config.in_place else _copy
+        write = _map if config.in_place else _copy if codec is None else partial(_encode, codec)
         try:
             tables = {str(table.layer): write(table, folder, journal, progress) for table in rows}
         except BaseException as failure:
@@ -101,21 +114,38 @@ def _stamps(found: Published) -> dict[str, list[int]]:
 
 def _copy(rows: ForeignRows, folder: Path, journal: Journal, progress: Progress) -> dict[str, Any]:
     """A table file of the same bytes, a row's values and scales together; its entry of the manifest."""
+    return _write(rows, rows.codec, lambda block, _: block, folder, journal, progress)
+
+
+def _encode(codec: Codec, rows: ForeignRows, folder: Path, journal: Journal, progress: Progress) -> dict[str, Any]:
+    """A table file of the rows in another codec."""
+
+    def encoded(block: Bytes, first: int) -> Bytes:
+        return encode_block(rows.codec.decode(block, rows.width), codec, table=f"layer {rows.layer}", first_row=first)
+
+    return _write(rows, codec, encoded, folder, journal, progress)
+
+
+def _write(
+    rows: ForeignRows, codec: Codec, made: Callable[[Bytes, int], Bytes], folder: Path, journal: Journal,
+    progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """The table file of what `made` makes of the rows, from where an earlier run came to."""
     name = table_file(rows.layer)
     noted = journal.notes.get(str(rows.layer), {})
     if _is_written(folder, noted, rows.layer, progress):
         return dict(noted["written"])
     with (
-        RowWriter(folder / name, rows.rows, rows.width, rows.codec, rows.layer, resume=noted.get("rows", 0), keep=True)
+        RowWriter(folder / name, rows.rows, rows.width, codec, rows.layer, resume=noted.get("rows", 0), keep=True)
         as writer,
-        progress.task(f"layer {rows.layer}, {rows.codec.name}", rows.rows * rows.row_bytes, "B") as task,
+        progress.task(f"layer {rows.layer} as {codec.name}", rows.rows * rows.row_bytes, "B") as task,
     ):  # fmt: skip
         if noted.get("rows"):
             what = "going on at" if writer.count else "what an earlier run wrote is damaged: starting over, not at"
             progress.say(f"layer {rows.layer}: {what} row {noted['rows']:,} of {rows.rows:,}")
         task.advance(writer.count * rows.row_bytes)
         for block in rows.blocks(rows.block_rows(writer.geometry.rows_per_page), writer.count):
-            writer.append(block)
+            writer.append(made(block, writer.count))
             task.advance(block.nbytes)
             if journal.due:
                 writer.sync()

@@ -29,6 +29,7 @@ from engram.quantize.package import (
     read_sealed,
 )
 from engram.quantize.source_parts import DENSE, SOURCE, tensor_blocks
+from engram.quantize.stream import encode_block
 
 SAMPLE = 100_000  # random rows of each table that are compared with the source
 _AT_ONCE = 4096
@@ -102,8 +103,8 @@ def _source_problems(
         checked["rows_compared"] = 0
         for table in found.tables:
             rows, mine = ForeignRows.of(table), package.layers.get(table.layer)
-            if not isinstance(mine, PagedTable) or (mine.codec_name, mine.rows) != (rows.codec.name, rows.rows):
-                yield f"layer {table.layer} is no table of {rows.rows:,} rows of {rows.codec.name}, as {source} has"
+            if not isinstance(mine, PagedTable) or (mine.width, mine.rows) != (rows.width, rows.rows):
+                yield f"layer {table.layer} is no table of {rows.rows:,} rows of {rows.width} values, as {source} has"
                 continue
             yield from _row_problems(mine, rows, seed, checked, progress)
     yield from _dense_problems(folder / SOURCE / DENSE, source, files, checked)
@@ -112,7 +113,7 @@ def _source_problems(
 def _row_problems(
     mine: PagedTable, rows: ForeignRows, seed: int, checked: dict[str, int], progress: Progress
 ) -> Iterator[str]:
-    """Random rows, byte for byte; all of them where there are not many."""
+    """Random rows, byte for byte; all of them where there are not many. Another codec's rows are encoded again."""
     wanted = np.arange(min(rows.rows, SAMPLE), dtype=np.int64)
     if rows.rows > SAMPLE:
         wanted = np.sort(np.random.default_rng(seed).integers(0, rows.rows, SAMPLE))
@@ -120,7 +121,10 @@ def _row_problems(
     with progress.task(f"layer {rows.layer} against its source", len(wanted), "rows") as task:
         for first in range(0, len(wanted), _AT_ONCE):
             some = wanted[first : first + _AT_ONCE]
-            same = (mine.gather(some) == rows.read_rows(some)).all(axis=1)
+            theirs = rows.read_rows(some)
+            if mine.codec_name != rows.codec.name:
+                theirs = encode_block(rows.codec.decode(theirs, rows.width), mine.codec)
+            same = (mine.gather(some) == theirs).all(axis=1)
             checked["rows_compared"] += len(some)
             task.advance(len(some))
             if not same.all():

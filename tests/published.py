@@ -152,12 +152,11 @@ def write_qwen4exp_gguf(path: Path, kind: str = "Q4_0", **changes: Any) -> np.nd
 
 def write_small_v41(folder: Path, base: int = 60, layers: tuple[int, ...] = (1, 3), seed: int = 0) -> dict[str, Any]:
     """DeepSeek-V4.1's layout in miniature, with real bytes, a tokenizer and one shard a layer; all arrays."""
+    import torch
     from safetensors.torch import save_file as save
     from tokenizers import Tokenizer, models
 
     from engram.builders.hash_constants import prime_moduli
-
-    import torch
 
     folder.mkdir(parents=True)
     words = ["a", "A", "b", "c", "the", "The", "cat", "Cat", "x", "y", "<img>", "z"]
@@ -178,7 +177,7 @@ def write_small_v41(folder: Path, base: int = 60, layers: tuple[int, ...] = (1, 
     for number, layer in enumerate(layers):
         start = f"model.layers.{layer}.engram."
         values = generator.integers(0, 256, (rows[layer], width), dtype=np.uint8) & 0xF7  # no NaN
-        scales = generator.integers(110, 140, (rows[layer], width // 32), dtype=np.uint8)
+        scales = generator.integers(110, 130, (rows[layer], width // 32), dtype=np.uint8)
         arrays[layer] = values, scales
         wide = (hidden * (streams + 1), heads * orders * width)
         shard = f"model-{number + 1:05d}-of-{len(layers) + 1:05d}.safetensors"

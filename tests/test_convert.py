@@ -29,6 +29,7 @@ from engram import EngramError
 from engram.builders.backbone import BackboneError, load_backbone
 from engram.builders.families.config import FamilyError
 from engram.builders.tensor_files import open_files
+from engram.kernels.codecs import CodecError, find_codec
 from engram.quantize import convert as converting
 from engram.quantize.convert import ConvertConfig, ConvertError, convert
 from engram.quantize.foreign_rows import ForeignError
@@ -141,6 +142,25 @@ def test_a_gguf_is_converted_too(tmp_path: Path) -> None:
         assert np.array_equal(table.gather(np.arange(table.rows)), stored) and table.codec_name == "q8_0"
         assert package.layout.multipliers == {1: (11, 13, 17)} and package.layout.reset_id == 9
     assert verify_package(tmp_path / "package", against=tmp_path / "m.gguf")["ok"]
+
+
+@pytest.mark.parametrize("codec", ["nf4", "int8", "bf16"])
+@pytest.mark.parametrize("family", ["qwen4_exp", "deepseek_v41"])
+def test_rows_may_be_stored_in_another_codec(tmp_path: Path, family: str, codec: str) -> None:
+    """Each is the codec's own encoding of what the source's row means."""
+    write, theirs = FAMILIES[family]
+    expected = write(tmp_path / "m")
+    told = convert(ConvertConfig(tmp_path / "m", tmp_path / "package", tables=codec))
+    assert {table["codec"] for table in told["tables"].values()} == {codec}
+    with open_package(tmp_path / "package") as package:
+        width = package.layout.head_dim
+        for layer, rows in expected.items():
+            floats = find_codec(theirs).decode(rows, width)
+            table: Any = package.layers[layer]
+            assert np.array_equal(table.gather(np.arange(len(rows))), find_codec(codec).encode(floats))
+    assert verify_package(tmp_path / "package", against=tmp_path / "m")["ok"]
+    with pytest.raises(ConvertError, match="rows that stay in place keep their codec"):
+        convert(ConvertConfig(tmp_path / "m", tmp_path / "mapped", tables=codec, in_place=True))
 
 
 def test_only_the_shards_that_hold_tables_are_needed(tmp_path: Path) -> None:
@@ -319,6 +339,14 @@ def test_rows_that_no_codec_reads_are_refused(tmp_path: Path) -> None:
     write_qwen4exp_gguf(tmp_path / "m.gguf", "Q5_0")
     with pytest.raises(ForeignError, match="layer 1: rows of Q5_0 are no row codec of ours"):
         convert(ConvertConfig(tmp_path / "m.gguf", tmp_path / "package"))
+
+
+def test_an_unknown_or_unfit_codec_is_refused_before_any_work(tmp_path: Path) -> None:
+    longcat(tmp_path / "m")
+    with pytest.raises(CodecError, match="int5"):
+        convert(ConvertConfig(tmp_path / "m", tmp_path / "package", tables="int5"))
+    with pytest.raises(CodecError, match="width 4"):
+        convert(ConvertConfig(tmp_path / "m", tmp_path / "package", tables="q4_0"))
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), -1.0, float("inf")])

@@ -23,6 +23,11 @@ BLOCKS, CONTEXT = 4, 4096
 NODE = b"ple_embd"
 
 
+def has_qwen4exp() -> bool:
+    """Whether this llama.cpp knows the architecture: its library has the word."""
+    return b"qwen4exp" in Path(llama_cpp.llama_cpp._lib._name).read_bytes()
+
+
 def write_model(path: Path, layout: Layout) -> None:
     """Weights of zeros and a table of row numbers for the one layer (block 0) of a qwen-ple layout."""
     writer = gguf.GGUFWriter(path, "qwen4exp")

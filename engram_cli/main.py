@@ -28,6 +28,7 @@ try:
         quantize,
         recipe,
         run,
+        serve,
         train,
         ui,
         verify,
@@ -74,6 +75,7 @@ app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
+app.command("serve")(serve.serve)
 app.command("warm")(warm.warm)
 app.command("eval")(evaluation.evaluate)
 app.command("demo")(demo.demo)

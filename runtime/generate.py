@@ -79,6 +79,26 @@ def generate(session: Session, ids: list[int], sampler: Sampler, max_tokens: int
         logits = session.feed([token])
 
 
+def render_chat(tokenizer: Any, special: dict[str, Any], messages: list[dict[str, str]]) -> str:
+    """The messages through the tokenizer's chat template; without one a line each.
+
+    transformers renders in jinja's sandbox. Raises jinja2.TemplateError where the template refuses the messages.
+    """
+    template = special.get("chat_template")
+    if not template:
+        return "".join(message["content"] + "\n" for message in messages)
+    from transformers import PreTrainedTokenizerFast
+
+    named = {f"{name}_token": special.get(name) for name in ("bos", "eos", "pad")}
+    renderer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, **{key: value for key, value in named.items() if value}
+    )
+    rendered = renderer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    return str(rendered)
+
+
 class Conversation:
     """A model and one session: single prompts, or turns of a chat that reuse what they share."""
 
@@ -94,24 +114,9 @@ class Conversation:
     def turn(self, text: str, on_text: Callable[[str], None]) -> dict[str, Any]:
         """Answer one message of a chat (through the chat template; without one the text is simply continued)."""
         self._messages.append({"role": "user", "content": text})
-        result = self._write(self.model.encode(self._prompt()), on_text)
+        result = self._write(self.model.encode(render_chat(self.model.tokenizer, self.model.special, self._messages)), on_text)
         self._messages.append({"role": "assistant", "content": result["text"]})
         return result
-
-    def _prompt(self) -> str:
-        template = self.model.special.get("chat_template")
-        if not template:
-            return "".join(message["content"] + "\n" for message in self._messages)
-        from transformers import PreTrainedTokenizerFast
-
-        named = {f"{name}_token": self.model.special.get(name) for name in ("bos", "eos", "pad")}
-        renderer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-            tokenizer_object=self.model.tokenizer, **{key: value for key, value in named.items() if value}
-        )
-        rendered = renderer.apply_chat_template(
-            self._messages, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
-        return str(rendered)
 
     def _write(self, ids: list[int], on_text: Callable[[str], None]) -> dict[str, Any]:
         from tokenizers.decoders import DecodeStream

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,7 @@ class Job:
     reading: bool = True  # the prompt is not through yet
     opened: dict[int, list[NDArray[np.float32]]] = field(default_factory=dict)  # gates of the prompt, by layer
     fed: list[int] = field(default_factory=list)  # the prompt's tokens that were fed
+    alone: bool = False  # a step that it was part of failed: it is read again in steps of its own
     held: Written | None = None  # with gates: a token that is sent once its gates are known
 
     def end(self, event: Event) -> None:
@@ -201,6 +203,9 @@ class Batcher:
 
     def _feeds(self) -> list[Feed]:
         """One token of every stream, and a piece of the prompts that came first."""
+        for job in self._running.values():
+            if job.alone:
+                return [Feed(job.slot, job.todo[:PROMPT_ALONE])]
         writing = [job for job in self._running.values() if not job.reading]
         room = PROMPT_BESIDE if writing else PROMPT_ALONE
         feeds = [Feed(job.slot, job.todo) for job in writing]
@@ -218,28 +223,41 @@ class Batcher:
         try:
             logits = self.slots.step(feeds)
         except Exception as wrong:
-            failure = self._broken(wrong)
-            for job in jobs:
-                self._held[job.slot] = []
-                self._fail(job, failure)
-            return
+            return self._after_failure(jobs, wrong)
         now = time.monotonic()
         written = 0
         for feed, job, logits_V in zip(feeds, jobs, logits, strict=True):
             self._held[job.slot] += feed.ids
             job.todo = job.todo[len(feed.ids) :]
-            if job.gates:
-                self._show(job, feed)
-            if job.todo or job.cancelled:
-                continue
             try:
-                written += self._write(job, logits_V, now)
+                if job.gates:
+                    self._show(job, feed)
+                if not job.todo and not job.cancelled:
+                    job.alone = False
+                    written += self._write(job, logits_V, now)
             except Exception as wrong:
                 self._fail(job, self._broken(wrong))
         self.metrics.wrote(written)
         coming = [Feed(job.slot, job.todo) for job in self._running.values() if not job.reading and job.todo]
         if coming:
-            self.slots.ask(coming)
+            with suppress(Exception):  # a hint: what is wrong with these tokens, the step will say
+                self.slots.ask(coming)
+
+    def _after_failure(self, jobs: list[Job], wrong: Exception) -> None:
+        """A request that fails by itself ends; of several in one step, each is read again by itself."""
+        if len(jobs) > 1:
+            self._progress.say(f"a step of {len(jobs)} requests failed: {type(wrong).__name__}: {wrong}")
+        for job in jobs:
+            tokens, self._held[job.slot] = self._held[job.slot] + job.todo, []
+            if len(jobs) == 1:
+                return self._fail(job, self._broken(wrong))
+            try:
+                job.todo = self.slots.reuse(job.slot, tokens)
+            except Exception as worse:
+                self._fail(job, self._broken(worse))
+                continue
+            self._held[job.slot] = tokens[: len(tokens) - len(job.todo)]
+            job.alone, job.fed, job.opened = True, [], {}
 
     def _write(self, job: Job, logits_V: Any, now: float) -> int:
         """Sample a token and send it; tokens written (0 or 1)."""
@@ -282,7 +300,7 @@ class Batcher:
                 gates = {layer: np.concatenate(parts).tolist() for layer, parts in job.opened.items()}
                 job.opened = {}
                 job.send(Prompt(job.ids, len(job.ids) - len(job.fed), gates))
-        elif job.held is not None:
+        elif job.held is not None and not job.todo:
             job.held.gates = {layer: float(part[-1]) for layer, part in opened.items()}
             job.send(job.held)
             job.held = None

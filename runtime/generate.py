@@ -114,7 +114,8 @@ class Conversation:
     def turn(self, text: str, on_text: Callable[[str], None]) -> dict[str, Any]:
         """Answer one message of a chat (through the chat template; without one the text is simply continued)."""
         self._messages.append({"role": "user", "content": text})
-        result = self._write(self.model.encode(render_chat(self.model.tokenizer, self.model.special, self._messages)), on_text)
+        prompt = render_chat(self.model.tokenizer, self.model.special, self._messages)
+        result = self._write(self.model.encode(prompt), on_text)
         self._messages.append({"role": "assistant", "content": result["text"]})
         return result
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from engram import Progress
 from engram.runtime.serve_metrics import Metrics
 from engram.runtime.serve_request import ApiError
-from engram.runtime.serve_write import Finished, Prompt, Written, Writer
+from engram.runtime.serve_write import Finished, Prompt, Writer, Written
 from engram.runtime.slots import Feed, Slots
 
 PROMPT_ALONE, PROMPT_BESIDE = 512, 64  # prompt tokens of a step where nothing else runs, and beside running streams

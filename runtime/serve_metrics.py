@@ -107,7 +107,8 @@ class Metrics:
             for name, words in _HELP.items():
                 full = f"engram_{name}_total"
                 out += [f"# HELP {full} {words}", f"# TYPE {full} counter", f"{full} {self._totals[name]}"]
-            out += ["# HELP engram_requests_total Requests answered, by status.", "# TYPE engram_requests_total counter"]
+            out += ["# HELP engram_requests_total Requests answered, by status."]
+            out += ["# TYPE engram_requests_total counter"]
             out += [f'engram_requests_total{{status="{s}"}} {n}' for s, n in sorted(self._statuses.items())]
             for name, value, words in (
                 ("tokens_per_second", f"{self._rate():.3f}", f"Tokens written a second, of {RATE_WINDOW_S:g} seconds."),
@@ -116,6 +117,6 @@ class Metrics:
                 ("slots", self.slots, "Slots that there are."),
             ):
                 out += [f"# HELP engram_{name} {words}", f"# TYPE engram_{name} gauge", f"engram_{name} {value}"]
-            out += self._first.lines("engram_time_to_first_token_seconds", "From a request's arrival to its first token.")
+            out += self._first.lines("engram_time_to_first_token_seconds", "From arrival to the first token.")
             out += self._between.lines("engram_inter_token_seconds", "Between two tokens of a request.")
         return "\n".join(out) + "\n"

@@ -12,8 +12,9 @@ from engram import EngramError
 MOST_STOPS, MOST_TOP_LOGPROBS = 16, 20
 _ONLY: dict[str, tuple[Any, ...]] = {  # fields that we know and serve with these values only
     "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "presence_penalty": (0,), "frequency_penalty": (0,),
-    "logit_bias": ({},), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none",),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "web_search_options": (),
+    "logit_bias": ({},), "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
+    "web_search_options": (),
 }  # fmt: skip
 
 

@@ -115,9 +115,8 @@ class Writer:
             self.ended, self._back = "stop", ""
             return text[: min(found)]
         longest = max(len(stop) for stop in self.stops) - 1
-        kept = next(
-            (n for n in range(min(longest, len(text)), 0, -1) if any(stop.startswith(text[-n:]) for stop in self.stops)), 0
-        )
+        ends = range(min(longest, len(text)), 0, -1)
+        kept = next((n for n in ends if any(stop.startswith(text[-n:]) for stop in self.stops)), 0)
         self._back = text[len(text) - kept :]
         return text[: len(text) - kept]
 

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next((found for name in _NAMES if (found := shutil.which(name))), None)
 
 
 class Page:

@@ -1,4 +1,4 @@
-"""Servers for tests: the real command in a process, and the application in a thread over slots that can be made to fail."""
+"""Servers for tests: the real command in a process, and the application in a thread over slots that can fail."""
 
 from __future__ import annotations
 

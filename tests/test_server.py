@@ -371,8 +371,8 @@ def test_what_cannot_be_served_is_refused_by_its_name(
 
 
 @pytest.mark.parametrize("body", [
-    b"{", b"[1]", b"null", b"\xff\xfe", b"[" * 200_000, b'{"prompt": "\\ud800"}', b'{"prompt": "x", "temperature": NaN}',
-    b'{"prompt": "x", "temperature": 1e999}', b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", b"",
+    b"{", b"[1]", b"null", b"\xff\xfe", b"[" * 200_000, b'{"prompt": "\\ud800"}',
+    b'{"prompt": "x", "temperature": NaN}', b'{"prompt": "x", "temperature": 1e999}', b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", b"",
 ])  # fmt: skip
 def test_bodies_that_are_no_request_are_refused(real: Running, body: bytes) -> None:
     status, _, answer = ask(real.port, COMPLETE, body, method="POST")
@@ -420,7 +420,8 @@ def test_the_key_is_asked_for(fake: Running) -> None:
 
 
 def test_other_hosts_and_other_sites_are_refused(fake: Running) -> None:
-    for host in ("evil.example", f"evil.example:{fake.port}", "127.0.0.1.evil.example", "localhost.evil.example:80", ""):
+    evil = ("evil.example", f"evil.example:{fake.port}", "127.0.0.1.evil.example", "localhost.evil.example:80", "")
+    for host in evil:
         assert ask(fake.port, "/v1/models", headers={"host": host})[0] == 403, host
     for host in ("localhost", f"LOCALHOST:{fake.port}", f"127.0.0.1:{fake.port}", f"[::1]:{fake.port}"):
         assert ask(fake.port, "/v1/models", headers={"host": host})[0] == 200, host

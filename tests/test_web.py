@@ -21,6 +21,7 @@ from engram.runtime.server import PAGE
 from engram.runtime.slots_torch import TorchSlots
 
 TEXT = PAGE.read_text("utf-8")
+TOKENS = "[...document.querySelectorAll('.assistant .token')]"
 browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
 
 
@@ -109,11 +110,11 @@ def test_a_chat_in_the_browser(running: Running) -> None:
         text = expected["choices"][0]["message"]["content"]
         assert page.js("document.querySelector('.assistant .text').textContent") == text
         notes = [note for note in expected["engram"] if "prompt" not in note]
-        opened = page.js("[...document.querySelectorAll('.assistant .token')].map(e => e.style.getPropertyValue('--open'))")
+        opened = page.js(f"{TOKENS}.map(e => e.style.getPropertyValue('--open'))")
         assert len(opened) == 12
         for value, note in zip(opened[:-1], notes[:-1], strict=True):
             assert float(value) == pytest.approx(max(note["gates"].values()), abs=1e-3)
-        colours = page.js("[...document.querySelectorAll('.assistant .token')].map(e => getComputedStyle(e).backgroundColor)")
+        colours = page.js(f"{TOKENS}.map(e => getComputedStyle(e).backgroundColor)")
         assert len(set(colours)) > 3, "the gate shows as a colour"
         assert page.js("document.getElementById('model').textContent") == "· tiny"
         page.wait("document.getElementById('rows').textContent !== '–'")
@@ -136,21 +137,23 @@ def test_the_keyboard_alone_shows_what_lies_behind_a_token(running: Running) -> 
                 break
             page("Input.dispatchKeyEvent", type="keyDown", key="Tab", windowsVirtualKeyCode=9, modifiers=8)
         assert page.js("document.activeElement.className") == "token"
-        for key, place in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 11), ("ArrowRight", 11), ("Home", 0)):
-            page.key(key, {"ArrowLeft": 37, "ArrowRight": 39, "End": 35, "Home": 36}[key])
-            here = "[...document.querySelectorAll('.assistant .token')].indexOf(document.activeElement)"
+        codes = {"ArrowLeft": 37, "ArrowRight": 39, "End": 35, "Home": 36}
+        steps = [("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 11), ("ArrowRight", 11), ("Home", 0)]
+        for key, place in steps:
+            page.key(key, codes[key])
+            here = f"{TOKENS}.indexOf(document.activeElement)"
             assert page.js(here) == place, key
         behind = page.js("document.getElementById('token').textContent")
         note = ask(running.port, "/v1/chat/completions", {
             "messages": [{"role": "user", "content": "The rows are read"}], "max_tokens": 2, "temperature": 0,
             "engram": {"gates": True}})[2]["engram"][1]  # fmt: skip
         for layer in ("1", "3"):
-            assert f"layer {layer}: {round(note['gates'][layer] * 100)} %" in behind
+            assert f"layer {layer}: {note['gates'][layer] * 100:.1f} %" in behind
             assert " ".join(map(str, note["rows"][layer])) in behind
         assert "Codec f32" in behind
         assert page.js("document.querySelectorAll('.assistant .token[tabindex=\"0\"]').length") == 1
         label = page.js("document.querySelector('.assistant .token').getAttribute('aria-label')")
-        assert label.endswith(f"gate {round(max(note['gates'].values()) * 100)} %")
+        assert label.endswith(f"gate {max(note['gates'].values()) * 100:.1f} %")
 
 
 @browser

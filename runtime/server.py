@@ -189,7 +189,10 @@ class App:
                 await exchange.events(*reply.begin())
             if isinstance(event, Finished):
                 break
-            chunks = reply.prompt(event) if isinstance(event, Prompt) else reply.token(event)
+            if isinstance(event, Prompt):  # thousands of tokens to explain: not while others wait for theirs
+                chunks = await asyncio.to_thread(reply.prompt, event)
+            else:
+                chunks = reply.token(event)
             if wish.stream:
                 await exchange.events(*chunks)
         if not wish.stream:
@@ -289,20 +292,25 @@ async def listen(app: App, listening: socket.socket, stop: asyncio.Event, hurry:
     waiting.cancel()
 
 
+def open_slots(config: ServeConfig) -> Slots:
+    """The package's model, ready for several timelines."""
+    model = Model.open(
+        config.package, offload=config.offload, cache_bytes=config.table_cache, dtype=config.dtype,
+        verify=config.verify, table_io=config.table_io,
+    )  # fmt: skip
+    return TorchSlots(model, config.slots)
+
+
 def serve(config: ServeConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Open the package and serve it until SIGINT or SIGTERM; a second signal waits for nothing. Returns the totals."""
     progress = progress or Progress()
     listening = bound(config.host, config.port)
     with listening:
         with progress.task(f"open {config.package.name}"):
-            model = Model.open(
-                config.package, offload=config.offload, cache_bytes=config.table_cache, dtype=config.dtype,
-                verify=config.verify, table_io=config.table_io,
-            )  # fmt: skip
+            slots = open_slots(config)
         with open_package(config.package, verify="off") as package:
-            explainer = Explainer(package, model.tokenizer)
             name = config.package.resolve().name
-            app = App(TorchSlots(model, config.slots), explainer, name, config, progress)
+            app = App(slots, Explainer(package, slots.tokenizer), name, config, progress)
             host = f"[{config.host}]" if ":" in config.host else config.host
             progress.say(f"serving {name} at http://{host}:{listening.getsockname()[1]}")
             asyncio.run(_until_stopped(app, listening))

@@ -171,6 +171,13 @@ def test_stop_ends_the_request_and_errors_are_told(package: Path) -> None:
             page.wait("document.querySelector('.wrong') !== null && !document.getElementById('send').disabled")
             assert page.js("document.querySelector('.wrong').textContent") == "Stopped."
 
+            say(page, "z", 50_000)
+            served.wait_for(lambda: not served.app.batcher.idle)
+            page.js("document.getElementById('clear').click()")
+            served.wait_for(lambda: served.app.batcher.idle)
+            page.wait("!document.getElementById('send').disabled")
+            assert page.js("[messages.length, document.querySelectorAll('article').length].join()") == "0,0"
+
             def fault(feeds: object) -> None:
                 raise RuntimeError("broken")
 

@@ -23,6 +23,7 @@ MOST_BYTES = 1 << 27  # of all answers together
 MOST_REDIRECTS = 5
 AT_ONCE = 8
 ATTEMPTS = 3
+FIRST_WAIT_S = 0.5  # before another attempt, more each time
 LONGEST_WAIT_S = 20  # what a server may ask for before the next attempt
 PATIENCE_S = 10.0  # to connect, and between two parts of an answer
 SILENCE_S = 30.0  # no answer begun and no byte of any: a server that drips headers
@@ -49,7 +50,7 @@ class Piece(NamedTuple):
     size: int
 
 
-class _AgainError(Exception):
+class _AgainError(RemoteError):
     """A fault that may pass: words, and seconds to wait where the server said them."""
 
     def __init__(self, words: str, wait: float | None = None) -> None:
@@ -132,7 +133,7 @@ class Ranges:
             try:
                 return attempt()
             except _AgainError as wrong:
-                wait = 0.5 * number if wrong.wait is None else wrong.wait
+                wait = FIRST_WAIT_S * number if wrong.wait is None else wrong.wait
                 if number == ATTEMPTS or wait > LONGEST_WAIT_S or self._stop.is_set():
                     asked = "" if wrong.wait is None else f" and asks for {wait:,.0f} s of waiting"
                     hint = "check the connection and the name, or try later; more is allowed with HF_TOKEN set"

@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from engram import Progress
 from engram.builders.gguf_header import GgufHeaderError, read_places, read_tensors
-from engram.builders.http_ranges import MissingError, Ranges, RemoteError
+from engram.builders.http_ranges import MissingError, Ranges, RemoteError, origin_of
 from engram.builders.tensor_files import (
     INDEX,
     Tensor,
@@ -202,6 +202,7 @@ def find_remote(name: str, progress: Progress = Progress()) -> Remote:
 
     hub = constants.ENDPOINT.rstrip("/")
     if name.startswith(("http://", "https://")):
+        origin_of(name)
         page = re.fullmatch(r"/([^/]+/[^/]+?)(?:/(?:tree|blob|resolve)/([^/]+)((?:/[^/]+)*))?/?", urlsplit(name).path)
         if page is None or not name.startswith(hub + "/"):
             return _of_url(name, Ranges("", progress))
@@ -260,7 +261,7 @@ def _of_url(url: str, ranges: Ranges) -> Remote:
     base = f"{parts.scheme}://{parts.netloc}"
     query = f"?{parts.query}" * bool(parts.query)
     path = Path(f"{parts.hostname}{unquote(folder)}")
-    source = base.partition("@")[0] + folder + file
+    source = (base + folder + file).rstrip("/")
 
     def url_of(name: str) -> str:
         return f"{base}{folder}{file if name == file else quote(name)}{query}"

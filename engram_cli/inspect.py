@@ -25,7 +25,7 @@ def inspect(
 ) -> None:
     """Say what a checkpoint or package holds, from headers alone, and what its quality gate found."""
     path = Path(name)
-    if _is_elsewhere(name):
+    if _is_elsewhere(str(name)):
         from engram.cli.progress import on_screen
         from engram.quantize.inspect_published import inspect_remote
 
@@ -58,10 +58,8 @@ def inspect(
 
 
 def _is_elsewhere(name: str) -> bool:
-    """A URL, or what could be a hub name and is no path here."""
-    if name.startswith(("https://", "http://")):
-        return True
-    return "/" in name and name[0] not in "./~\\" and not os.path.lexists(name)
+    """A URL, or what is no path here: a hub name, or nothing."""
+    return name.startswith(("https://", "http://")) or not os.path.lexists(name)
 
 
 def other_words(result: dict[str, Any]) -> list[str]:

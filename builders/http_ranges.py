@@ -144,6 +144,8 @@ class Ranges:
 
     def _whole(self, url: str, name: str, most: int) -> bytes:
         with self._answer(url, name, {}) as response:
+            if response.status_code != 200:
+                raise RemoteError(f"{name}: the server answers {response.status_code} where all was asked for")
             data = self._take(response, name, 0, most + 1, True)
         if len(data) > most:
             raise RemoteError(f"{name} has more than {most:,} bytes, no file of its kind is that large")

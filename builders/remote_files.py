@@ -7,6 +7,7 @@ that the server states.
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -225,23 +226,20 @@ def _of_hub(hub: str, repository: str, revision: str, inside: str, ranges: Range
     except MissingError as wrong:
         raise MissingError(f"no path {said} is here, and {hub}: {wrong}", hint=wrong.hint or _HINT) from None
     commit, files = _listing(said, raw)
-    names = frozenset(path.removeprefix(folder) for path in files if path.startswith(folder))
-    path = Path(said) / folder / file
-    names = frozenset(name for name in names if "/" not in name)
-    if not names or file and file not in names:
+    under = [path.removeprefix(folder) for path in files if path.startswith(folder)]
+    names = frozenset(name for name in under if "/" not in name)
+    if inside and not under or file and file not in names:
         raise MissingError(f"{said} holds no {inside}", hint=f"it holds {_some(files)}")
 
     def url_of(name: str) -> str:
         return hf_hub_url(repository, folder + name, revision=commit, endpoint=hub)
 
-    source = f"{repository}@{commit}" + f"/{inside}" * bool(inside)
-    return Remote(path if file.endswith(".gguf") else Path(said) / folder, source, file, names, ranges, url_of)
+    path, source = Path(said) / folder, f"{repository}@{commit}" + f"/{inside}" * bool(inside)
+    return Remote(path / file if file.endswith(".gguf") else path, source, file, names, ranges, url_of)
 
 
 def _listing(said: str, raw: bytes) -> tuple[str, list[str]]:
     """Commit and paths of all files, of the hub's answer about a revision."""
-    import json
-
     try:
         answer = json.loads(raw)
         commit, files = answer["sha"], [sibling["rfilename"] for sibling in answer["siblings"]]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
 from hub_server import Answer, Hub
@@ -24,6 +25,8 @@ BYTES = bytes(range(256)) * 40
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    huggingface_hub.close_session()  # the next one is made in this environment
     monkeypatch.setattr(http_ranges, "FIRST_WAIT_S", 0.0)
     (tmp_path / "f.bin").write_bytes(BYTES)
     hub = Hub()
@@ -240,6 +243,9 @@ def test_a_small_file_is_small(hub: Hub) -> None:
     with pytest.raises(RemoteError, match="f has more than 99 bytes"):
         ranges.together({"": lambda: ranges.whole(url, "f", 99)})
     assert hub.sent < 1 << 25 and ranges.received < 1 << 18
+    hub.fault = sends(206, {"Content-Range": "bytes 0-999/10240"})
+    with pytest.raises(RemoteError, match="f: the server answers 206 where all was asked for"):
+        ranges.together({"": lambda: ranges.whole(url, "f", 99)})
 
 
 def test_eight_at_once_and_no_more(hub: Hub) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
 from hostile import FAULTS, INDEXES, split
@@ -37,6 +38,8 @@ GEMMA = {"model_type": "gemma3n", "vocab_size_per_layer_input": 2, "hidden_size_
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    huggingface_hub.close_session()  # the next one is made in this environment
     hub = Hub()
     for name, value in (("ENDPOINT", hub.url), ("HUGGINGFACE_CO_URL_TEMPLATE",
                         hub.url + "/{repo_id}/resolve/{revision}/{filename}")):  # fmt: skip
@@ -113,6 +116,14 @@ def test_shards_without_an_index_are_all_read(hub: Hub, tmp_path: Path) -> None:
     listed = find_remote("a/b").open(ANY)
     assert dict(listed.tensors) == dict(indexed.tensors) and listed.total_bytes == 4 * 30 + 8 * 7 + 120
     assert listed.tensors["b"].file == Path("a/b/model-1.safetensors")
+
+
+def test_a_tensor_in_two_shards_is_refused(hub: Hub, tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        write_sparse(tmp_path / f"{name}.safetensors", {"rows": ("BF16", [4])})
+    hub.repositories["a/b"] = tmp_path
+    with pytest.raises(TensorFileError, match=r"'rows' is in a/b/x.safetensors and in a/b/y.safetensors"):
+        find_remote("a/b").open(ANY)
 
 
 def test_an_indexed_shard_is_read_when_it_is_asked_for(hub: Hub, tmp_path: Path) -> None:
@@ -258,8 +269,9 @@ def test_a_repository_or_file_that_is_not_there(hub: Hub, tmp_path: Path) -> Non
     with pytest.raises(FamilyError, match="a/b holds no config.json") as found:
         inspect_remote("a/b")
     assert "it holds README.md" in found.value.hint and "a/b/FILE.gguf" in found.value.hint
-    with pytest.raises(MissingError, match="a/b holds no m.gguf"):
-        inspect_remote("a/b/m.gguf")
+    for place in ("m.gguf", "sub"):
+        with pytest.raises(MissingError, match=f"a/b holds no {place}"):
+            inspect_remote(f"a/b/{place}")
     (tmp_path / "config.json").write_text(json.dumps(GEMMA))
     with pytest.raises(TensorFileError, match="a/b holds no .safetensors file"):
         inspect_remote("a/b")

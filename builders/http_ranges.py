@@ -191,7 +191,8 @@ class Ranges:
                     stack.close()
             raise RemoteError(f"{name}: the server redirects more than {MOST_REDIRECTS} times")
         except OfflineModeIsEnabled:
-            raise RemoteError(f"{name} is on a server, and HF_HUB_OFFLINE is set", hint="unset it") from None
+            hint = "unset it, or give a path that exists"
+            raise RemoteError(f"{name} is on a server, and HF_HUB_OFFLINE is set", hint=hint) from None
         except httpx.TimeoutException:
             raise _AgainError(f"the server is silent for {PATIENCE_S:.0f} s") from None
         except httpx.ConnectError as wrong:

@@ -223,8 +223,8 @@ def _of_hub(hub: str, repository: str, revision: str, inside: str, ranges: Range
     url = f"{hub}/api/models/{repository}/revision/{quote(revision, safe='')}"
     try:
         raw = ranges.together({"": partial(ranges.whole, url, said, LONGEST_LISTING)})[""]
-    except MissingError as wrong:
-        raise MissingError(f"no path {said} is here, and {hub}: {wrong}", hint=wrong.hint or _HINT) from None
+    except RemoteError as wrong:
+        raise type(wrong)(f"no path {said} is here; asked of {hub}: {wrong}", hint=wrong.hint) from None
     commit, files = _listing(said, raw)
     under = [path.removeprefix(folder) for path in files if path.startswith(folder)]
     names = frozenset(name for name in under if "/" not in name)

@@ -151,12 +151,12 @@ def test_nobody_there(hub: Hub) -> None:
 
 
 def silent(a: Answer) -> bool:
-    time.sleep(2)
+    time.sleep(5)
     a.close_connection = True
     return True
 
 
-def drip(a: Answer, headers: bytes = b"HTTP/1.1 200 x\r\nA: ", times: int = 30) -> bool:
+def drip(a: Answer, headers: bytes = b"HTTP/1.1 200 x\r\nA: ", times: int = 50) -> bool:
     a.wfile.write(headers)
     for _ in range(times):
         a.wfile.write(b"a")
@@ -182,7 +182,7 @@ def test_no_server_keeps_anyone_waiting(
     began = time.monotonic()
     with pytest.raises(RemoteError, match=words):
         get(hub)
-    assert time.monotonic() - began < 1.8
+    assert time.monotonic() - began < 3.5
 
 
 def test_the_token_stays_with_the_hub(hub: Hub) -> None:

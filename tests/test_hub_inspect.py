@@ -262,7 +262,7 @@ def test_what_the_hub_says_of_a_repository_is_checked(hub: Hub) -> None:
 
 
 def test_a_repository_or_file_that_is_not_there(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match=f"no path x/none is here, and {hub.url}: x/none is not on the server"):
+    with pytest.raises(MissingError, match=f"no path x/none is here; asked of {hub.url}: x/none is not on the server"):
         inspect_remote("x/none")
     (tmp_path / "README.md").touch()
     hub.repositories["a/b"] = tmp_path
@@ -325,8 +325,8 @@ def test_what_is_neither_path_nor_name_is_refused_without_a_request(hub: Hub, na
 
 def test_offline_no_server_is_asked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for name in ("a/b", f"{hub.cdn}/a/b"):
-        with pytest.raises(RemoteError, match="HF_HUB_OFFLINE is set"):
+    for name, words in (("a/b", "no path a/b is here; "), (f"{hub.cdn}/a/b", "^127.0.0.1/a/b/config.json")):
+        with pytest.raises(RemoteError, match=f"{words}.* is on a server, and HF_HUB_OFFLINE is set"):
             inspect_remote(name)
     assert not hub.log
 
@@ -376,7 +376,7 @@ def test_interrupted_while_a_server_is_silent(hub: Hub, tmp_path: Path) -> None:
         time.sleep(0.3)
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130 and time.monotonic() - began < 2
+        assert process.wait(10) == 130 and time.monotonic() - began < 5
         assert process.stderr is not None and "interrupted" in process.stderr.read()
 
 

@@ -18,14 +18,9 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Say what a checkpoint or package holds, from headers alone, and what its quality gate found."""
-    if path.suffix == ".gguf" or (path / "config.json").is_file() and not (path / "engram.json").is_file():
-        from engram.quantize.inspect_published import inspect_published
+    from engram.quantize.inspect_any import inspect_any
 
-        result = inspect_published(path)
-    else:
-        from engram.quantize.inspect import inspect as inspect_own
-
-        result = inspect_own(path)
+    result = inspect_any(path)
     if json:
         return ui.emit(result)
     rows = [

@@ -24,6 +24,7 @@ try:
         export,
         fill,
         inspect,
+        plan,
         quantize,
         recipe,
         run,
@@ -70,6 +71,7 @@ app.command("fill")(fill.fill)
 app.command("quantize")(quantize.quantize)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
+app.command("plan")(plan.plan)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
 app.command("warm")(warm.warm)

@@ -22,6 +22,8 @@ from engram.runtime.placement_cost import (
     DISTINCT_LEAST,
     DISTINCT_MOST,
     MEASURED_HERE,
+    TOUCH_MANY_S,
+    TOUCH_S,
     Disk,
     Gather,
     PlacementError,
@@ -73,8 +75,9 @@ def plan(config: PlacementConfig, progress: Progress | None = None) -> dict[str,
     `resident`: their sums, and `cache_bytes`, the RAM left for the page cache; `fits` (null where a part's size is not
     known and the others fit) and `would_fit`; `disk` and `gather`: the figures used and where they are from; `codecs`,
     the one stored first: {codec, stored, row_bytes, disk_bytes, cached_share, reads_per_token, pages_per_token,
-    bytes_per_token, cold_ms_per_token, warm_ms_per_token, and of 1,000 prompt tokens, [least, most], reads_per_1000,
-    pages_per_1000, cold_ms_per_1000, and warm_ms_per_1000}; `left_out`: codecs that cannot hold the rows, and why;
+    bytes_per_token, cold_ms_per_token, cached_ms_per_token (the first time a process touches cached pages),
+    warm_ms_per_token, and of 1,000 prompt tokens, [least, most], reads_per_1000, pages_per_1000, cold_ms_per_1000,
+    cached_ms_per_1000, and warm_ms_per_1000}; `left_out`: codecs that cannot hold the rows, and why;
     `words`: the plan in sentences; `assumptions`. Raises PlacementError, and what reading and probing raise.
     """
     found = inspect_any(config.model)
@@ -83,7 +86,7 @@ def plan(config: PlacementConfig, progress: Progress | None = None) -> dict[str,
     disk, gather = _figures(config, [stored, *others.values()], progress or Progress())
     costs = {name: cost(tables, disk, gather) for name, tables in others.items()}
     own = cost(stored, disk, gather)
-    gain = own["cold_ms_per_token"] - own["warm_ms_per_token"]
+    gain = own["cold_ms_per_token"] - own["cached_ms_per_token"]
     parts, fits = _parts(config, found, stored, gain)
     resident = {f"{place}_bytes": sum(part[f"{place}_bytes"] for part in parts) for place in ("vram", "ram", "disk")}
     cache = max(0, config.ram_bytes - resident["ram_bytes"])
@@ -256,6 +259,8 @@ def _assumptions(disk: Disk, gather: Gather) -> dict[str, Any]:
         "prompt": "1,000 tokens, each row read once; of the look-ups this share is distinct, by order: [least, most]",
         "distinct_share": {order: [DISTINCT_LEAST.get(order, DISTINCT_LEAST[4]), most]
                            for order, most in DISTINCT_MOST.items()},
+        "touch": f"a page that is new to the process costs {1e6 * TOUCH_S:g} µs among a token's, "
+                 f"{1e6 * TOUCH_MANY_S:g} µs among a prompt's (fault and checksum)",
         "warm": "every look-up is gathered and decoded by one thread; " + gather.words,
         "kv_cache": "every attention layer keeps every position, 2 bytes a value (4 for a float32 backbone)",
         "ram": "RAM and VRAM are what the model may take; tables go to RAM only where they fit "

@@ -4,14 +4,16 @@ The model. A token reads columns x layers rows, all asked for at once. Cold, eac
 no row of our table files crosses a page. Rows that stay in foreign safetensors may: a row of K bytes that begins at any
 multiple of 8 (or of the largest power of two in K, below that) lies on 1 + (K - 8) / 4096 pages, and one whose scales
 are a tensor of their own is two reads (DeepSeek-V4.1: 256 + 8 bytes). n pages asked for at once take one read's latency
-and (n - 1) / reads a second; on the disk of benchmarks/results/rows_disk.json that says 0.46 ms for 32 rows (measured:
-0.47) and 201 ms for 15,883 pages (measured: 160; our reader is ahead of the probe there).
+and (n - 1) / reads a second. A page that is new to a process, cached or not, then costs its fault and its checksum
+(TOUCH_S, measured on this project's machine): after the reads of a token, beside those of a prompt. LOG.md compares
+this with real reads.
 
 A prompt reads each row once. Of the look-ups of a prompt of 1,000 tokens this share is distinct rows, by order: at most
 that of windows of 1,000 tokens (43, 75, 86, 91, 94 % for orders 1 to 5), at least that of 1.5 M tokens of documentation
-in one go, as after long use (15.4, 37.4, 53.2 % for orders 2 to 4); both measured, LOG.md. Warm, every look-up is
-decoded: a gather's call and row costs, fitted to the one-thread figures of benchmarks/results/rows_kernels.json within
-a factor of 1.6 (int8-row at width 256: 75 ns a row measured, 100 here), or measured per codec.
+in one go, as after long use (15.4, 37.4, 53.2 % for orders 2 to 4); both measured, LOG.md. Warm (all pages cached and
+touched before), every look-up is decoded: a gather's call and row costs, fitted to the one-thread figures of
+benchmarks/results/rows_kernels.json within a factor of 1.6 (int8-row at width 256: 75 ns a row measured, 100 here), or
+measured per codec.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ MEASURED_HERE = {1: 16_220.0, 8: 53_810.0, 32: 78_786.0}  # benchmarks/results/r
 DISTINCT_LEAST = {1: 0.04, 2: 0.154, 3: 0.374, 4: 0.532}
 DISTINCT_MOST = {1: 0.43, 2: 0.75, 3: 0.86, 4: 0.91, 5: 0.94}
 MAPPED = 1.3  # times a gather from memory takes from a map of cached pages: rows_disk.json, warm, evenly drawn rows
+TOUCH_S, TOUCH_MANY_S = 4e-6, 2e-6  # of a page that is new to the process: among a token's, among a prompt's
 _CALL_S, _ROW_S, _VALUE_S, _BYTE_S = 8e-6, 10e-9, 0.2e-9, 0.15e-9
-_TABLE_BYTES, _BLOCK_ROWS, _BULK_ROWS = 64 << 20, 512, 8192
+_TABLE_BYTES, _BLOCK_ROWS, _BULK_ROWS = 256 << 20, 512, 8192
 
 
 class PlacementError(EngramError):
@@ -135,7 +138,10 @@ class Gather:
 
 
 def cost(tables: Sequence[StoredTable], disk: Disk, gather: Gather) -> dict[str, Any]:
-    """Reads, distinct pages and milliseconds of a token and of 1,000 prompt tokens; a prompt's as [least, most]."""
+    """Reads, distinct pages and milliseconds of a token and of 1,000 prompt tokens; a prompt's as [least, most].
+
+    `cold`: no page is cached; `cached`: all are, none of them touched by this process yet; `warm`: all were touched.
+    """
     warm = sum(gather.seconds(table, table.columns) for table in tables)
     warm_prompt = sum(gather.seconds(table, PROMPT * table.columns) for table in tables)
     pages = sum(table.distinct_pages(table.columns) for table in tables)
@@ -147,9 +153,11 @@ def cost(tables: Sequence[StoredTable], disk: Disk, gather: Gather) -> dict[str,
     return {
         "reads_per_token": sum(table.columns * table.reads_per_row for table in tables), "pages_per_token": pages,
         "bytes_per_token": sum(table.columns * table.row_bytes for table in tables),
-        "cold_ms_per_token": 1e3 * (disk.seconds(pages) + warm), "warm_ms_per_token": 1e3 * warm,
+        "cold_ms_per_token": 1e3 * (disk.seconds(pages) + pages * TOUCH_S + warm),
+        "cached_ms_per_token": 1e3 * (pages * TOUCH_S + warm), "warm_ms_per_token": 1e3 * warm,
         "reads_per_1000": reads_prompt, "pages_per_1000": pages_prompt,
-        "cold_ms_per_1000": [1e3 * (disk.seconds(count) + warm_prompt) for count in pages_prompt],
+        "cold_ms_per_1000": [1e3 * (max(disk.seconds(n), n * TOUCH_MANY_S) + warm_prompt) for n in pages_prompt],
+        "cached_ms_per_1000": [1e3 * (n * TOUCH_MANY_S + warm_prompt) for n in pages_prompt],
         "warm_ms_per_1000": 1e3 * warm_prompt,
     }  # fmt: skip
 

@@ -30,9 +30,10 @@ def words_of(result: dict[str, Any]) -> list[str]:
                    "the page cache."]  # fmt: skip
     many = "a token's row is one read" if own["reads_per_token"] == 1 else f"a token is {own['reads_per_token']} reads"
     span = " to ".join(dict.fromkeys(map(_ms, own["cold_ms_per_1000"])))
-    out.append(f"As stored {many} of the disk, {_ms(own['cold_ms_per_token'])} cold and "
-               f"{_ms(own['warm_ms_per_token'])} once cached; 1,000 tokens of prompt take {span}, and "
-               f"{_ms(own['warm_ms_per_1000'])}.")  # fmt: skip
+    out.append(f"As stored {many} of the disk: {_ms(own['cold_ms_per_token'])} cold, "
+               f"{_ms(own['cached_ms_per_token'])} from pages that are cached but new to the process, "
+               f"{_ms(own['warm_ms_per_token'])} warm. 1,000 tokens of prompt take {span} cold and "
+               f"{_ms(own['warm_ms_per_1000'])} warm.")  # fmt: skip
     small = next((entry for entry in result["codecs"][1:] if entry["codec"] == "nf4"), own)
     if small["disk_bytes"] < own["disk_bytes"]:
         more = "" if own["cached_share"] == 1 else f", the page cache can hold {percent(small['cached_share'])}"

@@ -19,6 +19,7 @@ from engram.quantize.row_store import PAGE, Geometry, RowStoreError
 from engram.runtime.doctor import examine
 from engram.runtime.kv_size import kv_bytes
 from engram.runtime.placement_cost import (
+    ASK_S,
     DISTINCT_LEAST,
     DISTINCT_MOST,
     MEASURED_HERE,
@@ -260,7 +261,8 @@ def _assumptions(disk: Disk, gather: Gather) -> dict[str, Any]:
         "distinct_share": {order: [DISTINCT_LEAST.get(order, DISTINCT_LEAST[4]), most]
                            for order, most in DISTINCT_MOST.items()},
         "touch": f"a page that is new to the process costs {1e6 * TOUCH_S:g} µs among a token's, "
-                 f"{1e6 * TOUCH_MANY_S:g} µs among a prompt's (fault and checksum)",
+                 f"{1e6 * TOUCH_MANY_S:g} µs among a prompt's (fault and checksum); a table that asks for such pages "
+                 f"{1e6 * ASK_S:g} µs",
         "warm": "every look-up is gathered and decoded by one thread; " + gather.words,
         "kv_cache": "every attention layer keeps every position, 2 bytes a value (4 for a float32 backbone)",
         "ram": "RAM and VRAM are what the model may take; tables go to RAM only where they fit "

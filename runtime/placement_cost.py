@@ -4,9 +4,9 @@ The model. A token reads columns x layers rows, all asked for at once. Cold, eac
 no row of our table files crosses a page. Rows that stay in foreign safetensors may: a row of K bytes that begins at any
 multiple of 8 (or of the largest power of two in K, below that) lies on 1 + (K - 8) / 4096 pages, and one whose scales
 are a tensor of their own is two reads (DeepSeek-V4.1: 256 + 8 bytes). n pages asked for at once take one read's latency
-and (n - 1) / reads a second. A page that is new to a process, cached or not, then costs its fault and its checksum
-(TOUCH_S, measured on this project's machine): after the reads of a token, beside those of a prompt. LOG.md compares
-this with real reads.
+and (n - 1) / reads a second. A page that is new to a process, cached or not, also costs its fault and its checksum
+(TOUCH_S), and each table's asking for new pages ASK_S, both measured on this project's machine: after the reads of a
+token, beside those of a prompt. LOG.md compares all this with real reads.
 
 A prompt reads each row once. Of the look-ups of a prompt of 1,000 tokens this share is distinct rows, by order: at most
 that of windows of 1,000 tokens (43, 75, 86, 91, 94 % for orders 1 to 5), at least that of 1.5 M tokens of documentation
@@ -37,7 +37,9 @@ USUAL_LATENCY_S = 80e-6  # of one 4 KiB read of an NVMe disk, where only reads a
 MEASURED_HERE = {1: 16_220.0, 8: 53_810.0, 32: 78_786.0}  # benchmarks/results/rows_disk.json: reads a second by depth
 DISTINCT_LEAST = {1: 0.04, 2: 0.154, 3: 0.374, 4: 0.532}
 DISTINCT_MOST = {1: 0.43, 2: 0.75, 3: 0.86, 4: 0.91, 5: 0.94}
-MAPPED = 1.3  # times a gather from memory takes from a map of cached pages: rows_disk.json, warm, evenly drawn rows
+MAPPED = 2.0  # times a row from memory takes from a map of cached pages: 1.3 to 2.1 measured, LOG.md and rows_disk.json
+READER_S = 6e-6  # that asking for a table's rows and taking them costs beside the gather
+ASK_S = 20e-6  # that a table's ask costs which finds new pages
 TOUCH_S, TOUCH_MANY_S = 4e-6, 2e-6  # of a page that is new to the process: among a token's, among a prompt's
 _CALL_S, _ROW_S, _VALUE_S, _BYTE_S = 8e-6, 10e-9, 0.2e-9, 0.15e-9
 _TABLE_BYTES, _BLOCK_ROWS, _BULK_ROWS = 256 << 20, 512, 8192
@@ -104,21 +106,27 @@ class StoredTable:
     def reads_per_row(self) -> int:
         return max(1, len(self.parts))
 
-    @property
-    def pages_per_row(self) -> float:
-        """On the average, with no other row on them."""
-        return sum(1 + (size - math.gcd(round(size), 8)) / PAGE for size in self.parts) or 1.0
-
     def distinct_pages(self, rows: float) -> float:
         """Pages that so many evenly drawn rows lie on, as expected: never more than there are."""
-        draws = rows * self.pages_per_row
-        if self.rows_pages <= 1:
-            return min(1.0, draws)
-        return min(draws, -self.rows_pages * math.expm1(draws * math.log1p(-1 / self.rows_pages)))
+        if not self.parts:
+            return _occupied(rows, self.rows_pages)
+        return sum(
+            _occupied(rows * pages_of(size), max(1.0, self.rows_pages * size / self.row_bytes)) for size in self.parts
+        )
 
     def distinct_rows(self, shares: Mapping[int, float], beyond: float) -> float:
         """Of the look-ups of a prompt, by each order's share; `beyond` is that of orders that are not told."""
         return PROMPT * self.heads * sum(shares.get(order, beyond) for order in self.orders)
+
+
+def pages_of(size: float) -> float:
+    """Pages that so many bytes lie on, on the average over all places where they may begin."""
+    return 1 + (size - math.gcd(round(size), 8)) / PAGE
+
+
+def _occupied(draws: float, pages: float) -> float:
+    """How many of so many pages are hit by so many even draws, as expected."""
+    return min(draws, pages if pages <= 1 else -pages * math.expm1(draws * math.log1p(-1 / pages)))
 
 
 @dataclass(frozen=True)
@@ -143,6 +151,7 @@ def cost(tables: Sequence[StoredTable], disk: Disk, gather: Gather) -> dict[str,
     `cold`: no page is cached; `cached`: all are, none of them touched by this process yet; `warm`: all were touched.
     """
     warm = sum(gather.seconds(table, table.columns) for table in tables)
+    ask = len(tables) * ASK_S
     warm_prompt = sum(gather.seconds(table, PROMPT * table.columns) for table in tables)
     pages = sum(table.distinct_pages(table.columns) for table in tables)
     reads_prompt, pages_prompt = [], []
@@ -153,11 +162,11 @@ def cost(tables: Sequence[StoredTable], disk: Disk, gather: Gather) -> dict[str,
     return {
         "reads_per_token": sum(table.columns * table.reads_per_row for table in tables), "pages_per_token": pages,
         "bytes_per_token": sum(table.columns * table.row_bytes for table in tables),
-        "cold_ms_per_token": 1e3 * (disk.seconds(pages) + pages * TOUCH_S + warm),
-        "cached_ms_per_token": 1e3 * (pages * TOUCH_S + warm), "warm_ms_per_token": 1e3 * warm,
+        "cold_ms_per_token": 1e3 * (disk.seconds(pages) + ask + pages * TOUCH_S + warm),
+        "cached_ms_per_token": 1e3 * (ask + pages * TOUCH_S + warm), "warm_ms_per_token": 1e3 * warm,
         "reads_per_1000": reads_prompt, "pages_per_1000": pages_prompt,
-        "cold_ms_per_1000": [1e3 * (max(disk.seconds(n), n * TOUCH_MANY_S) + warm_prompt) for n in pages_prompt],
-        "cached_ms_per_1000": [1e3 * (n * TOUCH_MANY_S + warm_prompt) for n in pages_prompt],
+        "cold_ms_per_1000": [1e3 * (ask + max(disk.seconds(n), n * TOUCH_MANY_S) + warm_prompt) for n in pages_prompt],
+        "cached_ms_per_1000": [1e3 * (ask + n * TOUCH_MANY_S + warm_prompt) for n in pages_prompt],
         "warm_ms_per_1000": 1e3 * warm_prompt,
     }  # fmt: skip
 
@@ -172,8 +181,8 @@ def measure_gather(wanted: Iterable[tuple[Codec, int, int]], seconds: float = 1.
         table = tiled(block, max(_BULK_ROWS, _TABLE_BYTES // block.shape[1]))
         few, many = _median(codec, table, width, columns, turn), _median(codec, table, width, _BULK_ROWS, turn)
         row = many / _BULK_ROWS
-        found[codec.name] = MAPPED * max(0.0, few - columns * row), MAPPED * row
-    return Gather("measured", f"gathers timed here from memory, times {MAPPED} for a map", found)
+        found[codec.name] = READER_S + max(0.0, few - columns * row), MAPPED * row
+    return Gather("measured", f"gathers timed here from memory, rows times {MAPPED:g} for a map", found)
 
 
 def _median(codec: Codec, table_NK: Any, width: int, rows: int, seconds: float) -> float:

@@ -254,7 +254,8 @@ def _name(tables: Sequence[StoredTable]) -> str:
 def _assumptions(disk: Disk, gather: Gather) -> dict[str, Any]:
     return {
         "token": "columns x layers rows, all asked for at once; cold: none of their pages cached, a 4 KiB read each",
-        "disk": "n pages take one read's latency and (n - 1) / reads a second; " + disk.words,
+        "disk": "n pages take one read's latency and (n - 1) / reads a second, or their touching if that is longer; "
+                + disk.words,
         "layout": "no row of our table files crosses a page; rows of safetensors files in place may, and those with "
                   "scales in a tensor of their own are two reads; rows are drawn evenly",
         "prompt": "1,000 tokens, each row read once; of the look-ups this share is distinct, by order: [least, most]",

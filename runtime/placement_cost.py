@@ -5,8 +5,8 @@ no row of our table files crosses a page. Rows that stay in foreign safetensors 
 multiple of 8 (or of the largest power of two in K, below that) lies on 1 + (K - 8) / 4096 pages, and one whose scales
 are a tensor of their own is two reads (DeepSeek-V4.1: 256 + 8 bytes). n pages asked for at once take one read's latency
 and (n - 1) / reads a second. A page that is new to a process, cached or not, also costs its fault and its checksum
-(TOUCH_S), and each table's asking for new pages ASK_S, both measured on this project's machine: after the reads of a
-token, beside those of a prompt. LOG.md compares all this with real reads.
+(TOUCH_S), while others still arrive, and each table's asking for new pages ASK_S; both were measured on this project's
+machine. LOG.md compares all this with real reads.
 
 A prompt reads each row once. Of the look-ups of a prompt of 1,000 tokens this share is distinct rows, by order: at most
 that of windows of 1,000 tokens (43, 75, 86, 91, 94 % for orders 1 to 5), at least that of 1.5 M tokens of documentation
@@ -78,9 +78,9 @@ class Disk:
         words += f": {best:,.0f} reads a second, {1e3 / rates[min(rates)]:.2f} ms for one alone"
         return cls(best, 1 / rates[min(rates)], source, words, dict(rates))
 
-    def seconds(self, pages: float) -> float:
-        """For so many pages asked for at once."""
-        return self.latency_s + (pages - 1) / self.iops if pages > 1 else pages * self.latency_s
+    def seconds(self, pages: float, touch_s: float) -> float:
+        """For so many pages asked for at once, each of which takes so long to touch when it is there."""
+        return self.latency_s * min(1.0, pages) + max((pages - 1) / self.iops, pages * touch_s)
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,10 @@ def cost(tables: Sequence[StoredTable], disk: Disk, gather: Gather) -> dict[str,
     return {
         "reads_per_token": sum(table.columns * table.reads_per_row for table in tables), "pages_per_token": pages,
         "bytes_per_token": sum(table.columns * table.row_bytes for table in tables),
-        "cold_ms_per_token": 1e3 * (disk.seconds(pages) + ask + pages * TOUCH_S + warm),
+        "cold_ms_per_token": 1e3 * (ask + disk.seconds(pages, TOUCH_S) + warm),
         "cached_ms_per_token": 1e3 * (ask + pages * TOUCH_S + warm), "warm_ms_per_token": 1e3 * warm,
         "reads_per_1000": reads_prompt, "pages_per_1000": pages_prompt,
-        "cold_ms_per_1000": [1e3 * (ask + max(disk.seconds(n), n * TOUCH_MANY_S) + warm_prompt) for n in pages_prompt],
+        "cold_ms_per_1000": [1e3 * (ask + disk.seconds(n, TOUCH_MANY_S) + warm_prompt) for n in pages_prompt],
         "cached_ms_per_1000": [1e3 * (ask + n * TOUCH_MANY_S + warm_prompt) for n in pages_prompt],
         "warm_ms_per_1000": 1e3 * warm_prompt,
     }  # fmt: skip

@@ -67,7 +67,7 @@ def test_the_published_geometry_of_v41_by_hand(v41: Path) -> None:
     assert own["pages_per_token"] == pytest.approx(pages, rel=1e-5)
     warm = 2 * (8e-3 + 24 * (10 + 0.2 * 256 + 0.15 * 264) * 1e-6)
     assert own["warm_ms_per_token"] == pytest.approx(warm)
-    assert own["cold_ms_per_token"] == pytest.approx(0.08 + (pages - 1) / 400 + 0.04 + pages * 4e-3 + warm, rel=1e-4)
+    assert own["cold_ms_per_token"] == pytest.approx(0.04 + 0.08 + pages * 4e-3 + warm, rel=1e-4)
     assert packed["reads_per_token"] == 48 and packed["pages_per_token"] == pytest.approx(48, rel=1e-5)
     blocks = [-(-rows // 28) for rows in ROWS]  # 144-byte rows, 28 a page of 4096
     assert packed["disk_bytes"] == sum(4096 + 4096 * count + 4 * (count + 1) for count in blocks)
@@ -76,6 +76,11 @@ def test_the_published_geometry_of_v41_by_hand(v41: Path) -> None:
     assert packed["reads_per_1000"] == pytest.approx([least, most])
     expected = [0.04 + 0.08 + (n - 1) / 400 + packed["warm_ms_per_1000"] for n in (least, most)]
     assert packed["cold_ms_per_1000"] == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_slow_disk_hides_the_touching_of_pages(v41: Path) -> None:
+    packed = codec_of(planned(v41, iops=1000.0), "nf4")
+    assert packed["cold_ms_per_token"] == pytest.approx(0.04 + 1 + 47 + packed["warm_ms_per_token"], rel=1e-4)
 
 
 def test_every_codec_that_is_written_is_shown_or_left_out_with_its_reason(v41: Path, made: Path) -> None:

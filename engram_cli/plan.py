@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import textwrap
@@ -74,7 +75,7 @@ def _show(result: dict[str, Any]) -> None:
     rows = [
         [entry["codec"] + (" *" if entry["stored"] else ""), f"{entry['row_bytes']:,.0f} B",
          show_bytes(entry["disk_bytes"]), f"{100 * entry['cached_share']:.0f} %", _ms(entry["cold_ms_per_token"]),
-         _ms(entry["warm_ms_per_token"]), "–".join(dict.fromkeys(map(_ms, entry["cold_ms_per_1000"]))),
+         _ms(entry["warm_ms_per_token"]), _span(*entry["cold_ms_per_1000"]),
          _ms(entry["warm_ms_per_1000"])]
         for entry in result["codecs"]
     ]  # fmt: skip
@@ -82,7 +83,7 @@ def _show(result: dict[str, Any]) -> None:
     ui.table("What rows take, in ms: a token's, and those of 1,000 prompt tokens (* as stored)", columns, rows)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     for line in (*result["words"], f"Disk: {result['disk']['words']}. Warm: {result['gather']['words']}."):
-        print(textwrap.fill(ui.printable(line), width) if width else ui.printable(line))
+        print(_wrapped(ui.printable(line), width) if width else ui.printable(line))
     if result["left_out"]:
         ui.say(f"left out, their rows do not fit: {', '.join(result['left_out'])}")
 
@@ -94,4 +95,17 @@ def _place(part: dict[str, Any]) -> str:
 
 
 def _ms(value: float) -> str:
-    return f"{value:.3f}" if value < 0.1 else f"{value:.2f}" if value < 10 else f"{value:,.0f}"
+    return f"{value:.3f}" if value < 0.1 else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def _span(least: float, most: float) -> str:
+    """Milliseconds, or seconds where they are many, in few columns."""
+    if most >= 1e3:
+        short = (f"{value / 1e3:.1f}" if value < 1e4 else f"{value / 1e3:.0f}" for value in (least, most))
+        return "–".join(dict.fromkeys(short)) + "s"
+    return "–".join(dict.fromkeys(map(_ms, (least, most))))
+
+
+def _wrapped(line: str, width: int) -> str:
+    """A line as a paragraph; a number stays with its unit."""
+    return textwrap.fill(re.sub(r"(?<=\d) (?=%|[mµ]?s\b|[kMGT]?B\b)", "\N{NO-BREAK SPACE}", line), width)

@@ -67,6 +67,8 @@ def _size(number: float) -> str:
 
 
 def _ms(milliseconds: float) -> str:
+    if milliseconds >= 1e4:
+        return f"{milliseconds / 1e3:,.0f} s"
     if milliseconds >= 10:
         return f"{milliseconds:,.0f} ms"
     return f"{milliseconds:.2g} ms" if milliseconds >= 0.1 else f"{1e3 * milliseconds:.2g} µs"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,20 +22,10 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Say what a checkpoint or package holds, from headers alone, and what its quality gate found."""
-    path = Path(name)
-    if _is_elsewhere(str(name)):
-        from engram.cli.progress import on_screen
-        from engram.quantize.inspect_published import inspect_remote
+    from engram.cli.progress import on_screen
+    from engram.quantize.inspect_any import inspect_any
 
-        result = inspect_remote(name, on_screen())
-    elif path.suffix == ".gguf" or (path / "config.json").is_file() and not (path / "engram.json").is_file():
-        from engram.quantize.inspect_published import inspect_published
-
-        result = inspect_published(path)
-    else:
-        from engram.quantize.inspect import inspect as inspect_own
-
-        result = inspect_own(path)
+    result = inspect_any(str(name), on_screen())
     if json:
         return ui.emit(result)
     rows = [
@@ -55,11 +43,6 @@ def inspect(
     if "quality" in result:
         words.append(quality_words(result["quality"]))
     print(ui.printable("\n".join(words)))
-
-
-def _is_elsewhere(name: str) -> bool:
-    """A URL, or what is no path here: a hub name, or nothing."""
-    return name.startswith(("https://", "http://")) or not os.path.lexists(name)
 
 
 def other_words(result: dict[str, Any]) -> list[str]:

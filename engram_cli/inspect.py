@@ -18,7 +18,9 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Say what a checkpoint or package holds, from headers alone, and what its quality gate found."""
-    if path.suffix == ".gguf" or (path / "config.json").is_file() and not (path / "engram.json").is_file():
+    from engram.builders.families.known import is_published
+
+    if is_published(path):
         from engram.quantize.inspect_published import inspect_published
 
         result = inspect_published(path)

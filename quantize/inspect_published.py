@@ -25,7 +25,7 @@ def inspect_published(path: Path) -> dict[str, Any]:
         "kind": "published checkpoint", "family": found.family, "layers": layers,
         "rows_per_token": found.columns * len(layers),
         "bytes_per_token": sum(layer["row_bytes"] * found.columns for layer in layers),
-        "table_bytes": sum(layer["bytes"] for layer in layers), "vocab_size": found.vocab_size,
+        "table_bytes": sum(layer["bytes"] for layer in layers), "vocab_size": found.vocab_size or None,
         "compressed_size": found.compressed_size, "table_files": sorted(_name(path, file) for file in tables),
         "other": {"tensors": len(others), "bytes": sum(tensor.bytes for tensor in others)},
         "missing_files": sorted(set(files.absent.values())), "rejected": False,

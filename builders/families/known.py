@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
-from engram.builders.families import deepseek_v41, longcat, per_token, qwen4_exp
-from engram.builders.families.config import Config, FamilyError, Header
+from engram.builders.families import deepseek_engram, deepseek_v41, engram_peft, longcat, per_token, qwen4_exp
+from engram.builders.families.config import NAME, OWN_NAME, Config, FamilyError, Header
 from engram.builders.families.family import Published
 from engram.builders.tensor_files import TensorFiles, open_files
 
-FAMILIES = (deepseek_v41, qwen4_exp, longcat, per_token)
+FAMILIES = (deepseek_v41, qwen4_exp, longcat, per_token, deepseek_engram, engram_peft)
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+def is_published(path: Path) -> bool:
+    """Whether this is a GGUF, or a folder with a configuration that is not one of ours."""
+    if path.suffix == ".gguf":
+        return True
+    return not (path / "engram.json").is_file() and any((path / name).is_file() for name in (NAME, OWN_NAME))
 
 
 def find_published(path: Path) -> tuple[Published, TensorFiles]:
@@ -25,12 +34,31 @@ def find_published(path: Path) -> tuple[Published, TensorFiles]:
                 return family.describe_gguf(header, files), files
         raise FamilyError(f"{path} is of the architecture {header.architecture!r}: no known memory")
     config = Config.read(path)
+    family = _family_of(config)
+    _refuse_pickles(path)
+    files = open_files(path)
+    return family.describe(config, files), files
+
+
+def _family_of(config: Config) -> ModuleType:
     for family in FAMILIES:
         if any(kind in family.MODEL_TYPES for kind in config.model_types):
-            files = open_files(path)
-            return family.describe(config, files), files
-    known = ", ".join(kind for family in FAMILIES for kind in family.MODEL_TYPES)
+            key = getattr(family, "KEY", None)  # where others save the same type
+            if key is None or key in config.values:
+                return family
+    known = ", ".join(dict.fromkeys(kind for family in FAMILIES for kind in family.MODEL_TYPES))
     raise FamilyError(
         f"{config.path} has model_type {' and '.join(config.model_types) or 'none'}: no known memory",
-        hint=f"known: {known}",
+        hint=f"known: {known}; of the type engram: with {deepseek_engram.KEY} or {engram_peft.KEY}",
     )
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Say of a folder that holds nothing else why its weights are not read."""
+    if not folder.is_dir() or any(folder.glob("*.safetensors*")):
+        return
+    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES):
+        raise FamilyError(
+            f"{folder} has its tensors in {', '.join(pickles[:4])}: a pickle can run code and is never read",
+            hint="save them as safetensors: save_pretrained(…, safe_serialization=True)",
+        )

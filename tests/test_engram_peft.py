@@ -120,6 +120,22 @@ def test_sizes_of_a_qwen_adapter_must_fit(tmp_path: Path, sizes: list[int], word
         find_published(write_adapter(tmp_path / "m", lambda c, t: c.update(prime_sizes=sizes), QWEN))
 
 
+def add_layer(config: dict[str, Any], tensors: Tensors) -> None:
+    config["target_layers"] = [2, 3]
+    for name, tensor in list(tensors.items()):
+        tensors[f"3{name[1:]}"] = tensor
+
+
+@pytest.mark.parametrize(
+    "change",
+    [add_layer, lambda c, t: c.update(ngram_sizes=[2, 4], max_ngram_size=4), lambda c, t: c.update(n_head_per_ngram=4),
+     lambda c, t: c.update(enable_tokenizer_compression=True)],
+)  # fmt: skip
+def test_qwens_engine_has_one_form(tmp_path: Path, change: Change) -> None:
+    with pytest.raises(FamilyError, match="it has one layer, orders 2 and 3, 8 heads and raw ids"):
+        find_published(write_adapter(tmp_path / "m", change, QWEN))
+
+
 EVERY = [(how, name) for name in ADAPTER["tensors"] if name.startswith("1.") for how in FAULTS_OF_TENSORS]
 
 
@@ -208,7 +224,7 @@ def test_a_qwen_adapter_hashes_as_our_dialect_on_a_million_tokens(tmp_path: Path
             tensors["2.multi_head_embedding.embedding.weight"] = ("F32", [rows, 4])
 
     found, _ = find_published(write_adapter(tmp_path / "m", change, QWEN))
-    assert found.dialect == "qwen-ple"
+    assert (found.dialect, found.hashing["pad_id"], found.hashing["reset_id"]) == ("qwen-ple", 248044, 248044)
     layout = Layout.build(
         dialect=found.dialect, orders=found.orders, heads=found.heads, head_dim=found.head_dim,
         vocab_size=found.vocab_size, table_rows={2: found.tables[0].rows}, **found.hashing,

@@ -164,6 +164,7 @@ DEMO_FAULTS: dict[str, tuple[Change, str]] = {
     "odd width": (lambda c, t: c.update(n_embed_per_ngram=15), "n_embed_per_ngram 15 does not divide by 2 heads"),
     "huge order": (lambda c, t: c.update(max_ngram_size=9), "max_ngram_size is 9, expected a number from 2 to 8"),
     "one-based": (lambda c, t: c.update(layer_ids=[4, 2]), r"in the layers \[1, 3\], the configuration names \[2, 4\]"),
+    "no embedding first": (lambda c, t: c.update(layer_ids=[2, 0]), r"in the layers \[1, 3\], the configuration names"),
     "twice": (lambda c, t: c.update(layer_ids=[3, 3]), r"layers \[3, 3\] name one twice"),
     "fewer layers": (lambda c, t: c.update(layer_ids=[3]), r"in the layers \[1, 3\], the configuration names \[3\]"),
     "streams": (lambda c, t: c.update(hc_mult=3), r"short_conv.conv.weight is F32 \[16, 1, 4\], config.json asks"),

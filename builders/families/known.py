@@ -49,7 +49,7 @@ def _family_of(config: Config) -> ModuleType:
     known = ", ".join(dict.fromkeys(kind for family in FAMILIES for kind in family.MODEL_TYPES))
     raise FamilyError(
         f"{config.path} has model_type {' and '.join(config.model_types) or 'none'}: no known memory",
-        hint=f"known: {known}; of the type engram: with {deepseek_engram.KEY} or {engram_peft.KEY}",
+        hint=f"known: {known}, the types engram and deepseek_v4 with {deepseek_engram.KEY} or {engram_peft.KEY}",
     )
 
 

@@ -7,13 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from engram import Progress
+from engram.builders.families.known import is_published
 from engram.quantize.inspect import inspect
 from engram.quantize.inspect_published import inspect_published, inspect_remote
-
-
-def is_published(path: Path) -> bool:
-    """Whether a path is a GGUF, or a folder with a config.json and no manifest of ours."""
-    return path.suffix == ".gguf" or (path / "config.json").is_file() and not (path / "engram.json").is_file()
 
 
 def is_elsewhere(name: str) -> bool:

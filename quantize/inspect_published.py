@@ -43,7 +43,7 @@ def _told(path: Path, found: Published, files: TensorFiles) -> dict[str, Any]:
         "kind": "published checkpoint", "family": found.family, "layers": layers,
         "rows_per_token": found.columns * len(layers),
         "bytes_per_token": sum(layer["row_bytes"] * found.columns for layer in layers),
-        "table_bytes": sum(layer["bytes"] for layer in layers), "vocab_size": found.vocab_size,
+        "table_bytes": sum(layer["bytes"] for layer in layers), "vocab_size": found.vocab_size or None,
         "compressed_size": found.compressed_size, "table_files": sorted(_name(path, file) for file in tables),
         "other": other, "missing_files": sorted(set(files.absent.values())), "rejected": False,
     }  # fmt: skip

@@ -372,6 +372,7 @@ def test_interrupted_while_a_server_is_silent(hub: Hub, tmp_path: Path) -> None:
     command, how = engram(hub, "a/b", cwd=tmp_path)
     with subprocess.Popen(command, stderr=subprocess.PIPE, **how) as process:
         while not hub.log:
+            assert process.poll() is None
             time.sleep(0.05)
         time.sleep(0.3)
         began = time.monotonic()

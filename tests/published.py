@@ -150,7 +150,10 @@ def write_qwen4exp_gguf(path: Path, kind: str = "Q4_0", **changes: Any) -> np.nd
     return stored
 
 
-def write_small_v41(folder: Path, base: int = 60, layers: tuple[int, ...] = (1, 3), seed: int = 0) -> dict[str, Any]:
+def write_small_v41(
+    folder: Path, base: int = 60, layers: tuple[int, ...] = (1, 3), seed: int = 0, heads: int = 2, orders: int = 2,
+    width: int = 64,
+) -> dict[str, Any]:  # fmt: skip
     """DeepSeek-V4.1's layout in miniature, with real bytes, a tokenizer and one shard a layer; all arrays."""
     import torch
     from safetensors.torch import save_file as save
@@ -163,12 +166,12 @@ def write_small_v41(folder: Path, base: int = 60, layers: tuple[int, ...] = (1, 
     Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a")).save(
         str(folder / "tokenizer.json")
     )
-    heads, orders, width, hidden, streams = 2, 2, 64, 16, 2
+    hidden, streams = 16, 2
     primes = prime_moduli(list(layers), [base] * orders, heads)
     rows = {layer: sum(map(sum, primes[layer])) for layer in layers}
     text = {
-        "engram_layer_ids": list(layers), "engram_num_embeddings": list(rows.values()), "engram_max_ngram_size": 3,
-        "engram_vocab_size": base, "engram_n_heads": heads, "engram_head_dim": width, "engram_pad_id": 2,
+        "engram_layer_ids": list(layers), "engram_num_embeddings": list(rows.values()),
+        "engram_max_ngram_size": orders + 1, "engram_vocab_size": base, "engram_n_heads": heads, "engram_head_dim": width, "engram_pad_id": 2,
         "engram_compressed_vocab_size": 9, "hidden_size": hidden, "hc_mult": streams, "vocab_size": len(words),
         "image_token_id": 10,
     }  # fmt: skip

@@ -46,7 +46,7 @@ def export(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Write the package that a laptop maps, checksummed, or converted tables as other engines read them."""
+    """Write the package that a laptop maps, or converted tables as other engines read them."""
     if backbone is not None and format not in (Format.gguf, Format.ds4):
         raise ExportUsageError(f"--backbone {backbone} is of no use to --format {format}", hint="leave it out")
     if format == Format.package:

@@ -19,7 +19,8 @@ from engram.cli.main import main
 from engram.quantize.convert import ConvertConfig, convert
 from engram.quantize.export import ds4, safetensors, vllm
 from engram.quantize.export import gguf as llama
-from engram.quantize.export.target import ExportError, TargetConfig
+from engram.quantize.export.target import ExportError, TargetConfig, open_converted
+from engram.quantize.extent_table import ExtentTable
 from engram.quantize.package import ExportConfig, export_package, open_package
 from engram.quantize.row_store import RowStoreError
 
@@ -153,6 +154,30 @@ def test_a_manifest_that_does_not_say_where_rows_were_is_refused(tmp_path: Path,
     monkeypatch.setattr("engram.quantize.export.target._places", lambda *_: {}["part"])
     with pytest.raises(ExportError, match="does not say where the rows were published: KeyError"):
         safetensors.export(TargetConfig(package, tmp_path / "out"))
+
+
+def test_dense_tensors_must_be_there(tmp_path: Path) -> None:
+    write_small_v41(tmp_path / "m")
+    with open_converted(packed(tmp_path / "m")) as held, pytest.raises(ExportError, match="lacks 'model.layers.1"):
+        safetensors._plan(held, {})
+
+
+def test_several_codecs_are_read_by_nobody_else(tmp_path: Path, monkeypatch: Any) -> None:
+    write_small_v41(tmp_path / "m")
+    package = packed(tmp_path / "m")
+    monkeypatch.setattr("engram.quantize.export.target.PagedTable", ExtentTable)
+    with pytest.raises(ExportError, match="layer [13] of .* has rows of several codecs"):
+        safetensors.export(TargetConfig(package, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("target", [safetensors, vllm], ids=["safetensors", "vllm"])
+def test_a_folder_that_is_not_ours_is_not_replaced(tmp_path: Path, target: Any) -> None:
+    write_small_v41(tmp_path / "m")
+    package = packed(tmp_path / "m")
+    with pytest.raises(ExportError, match="m exists"):
+        target.export(TargetConfig(package, tmp_path / "m"))
+    with pytest.raises(ExportError, match="m is not an engram folder, --force does not replace it"):
+        target.export(TargetConfig(package, tmp_path / "m", force=True))
 
 
 # vllm

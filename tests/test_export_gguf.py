@@ -11,12 +11,14 @@ import pytest
 from published import write_gemma, write_longcat, write_qwen4_exp, write_qwen4exp_gguf, write_small_v41
 from test_export_formats import described, packed
 
+from engram.builders.gguf_header import GgufHeaderError, read_metadata, read_pairs
 from engram.builders.layout import Layout
 from engram.builders.tensor_files import open_files
 from engram.kernels.codecs import find_codec
 from engram.quantize.convert import ConvertConfig, convert
 from engram.quantize.export import ds4
 from engram.quantize.export import gguf as llama
+from engram.quantize.export.gguf_file import Entry, write_gguf
 from engram.quantize.export.target import ExportError, TargetConfig
 from engram.quantize.package import open_package
 
@@ -223,6 +225,25 @@ def test_what_a_gguf_may_replace(tmp_path: Path) -> None:
         llama.export(TargetConfig(package, out, out, force=True))
     with pytest.raises(ExportError, match="is no name of a GGUF"):
         llama.export(TargetConfig(package, tmp_path / "folder"))
+
+
+def test_the_pairs_of_a_gguf_are_copied_as_they_are(tmp_path: Path) -> None:
+    write_qwen4exp_gguf(tmp_path / "m.gguf")
+    data = (tmp_path / "m.gguf").read_bytes()
+    pairs = read_pairs(tmp_path / "m.gguf")
+    assert data[24:].startswith(b"".join(pairs.values())) and pairs.keys() == read_metadata(tmp_path / "m.gguf").keys()
+    twice = data[:16] + (len(pairs) + 1).to_bytes(8, "little") + pairs["general.architecture"] + data[24:]
+    (tmp_path / "m.gguf").write_bytes(twice)
+    with pytest.raises(GgufHeaderError, match="has the key 'general.architecture' twice"):
+        read_pairs(tmp_path / "m.gguf")
+
+
+def test_a_tensor_must_come_to_its_size(tmp_path: Path) -> None:
+    """And what was written until then is gone."""
+    tensor = Entry("x", "F32", (2, 3), lambda: iter([bytes(20)]))
+    with pytest.raises(ExportError, match="tensor 'x' came to 20 bytes, not 24"):
+        write_gguf(TargetConfig(tmp_path, tmp_path / "out.gguf"), {}, [tensor])
+    assert not list(tmp_path.iterdir())
 
 
 # ds4

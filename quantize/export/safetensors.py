@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from engram import EngramError, Progress
+from engram import Progress
 from engram.builders.atomic import MARK, atomic_folder
 from engram.builders.checkpoint import TOKENIZER_FILES
 from engram.builders.families.config import NAME as CONFIG
@@ -52,7 +52,7 @@ class Shard:
 def export(config: TargetConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Write the checkpoint's memory as it was published; the fields of `engram export --json`.
 
-    Raises ExportError for a package that does not hold the source's own rows.
+    Raises ExportError for a package that does not hold the source's own rows, RowStoreError for a damaged one.
     """
     begin, progress = time.monotonic(), progress or Progress()
     check_target(config.source, config.out, force=config.force, error=ExportError)
@@ -102,11 +102,8 @@ def _check_codec(held: Converted, layer: int, dense: Mapping[str, Tensor]) -> No
     )
     factor = dense.get(values[0].name.removesuffix("weight").rpartition("shard_")[0] + _FACTOR)
     codec = FLOATS.get(values[0].dtype, "fp8-e8m0" if scales else "fp8-tensor")
-    try:
-        published = Table(layer, values[0].dtype, codec, table.rows, table.width, parts, (), factor)
-        theirs = ForeignRows.of(published).codec.name
-    except EngramError as wrong:
-        raise ExportError(f"layer {layer}: {wrong}", hint=wrong.hint or "convert the checkpoint again") from wrong
+    published = Table(layer, values[0].dtype, codec, table.rows, table.width, parts, (), factor)
+    theirs = ForeignRows.of(published).codec.name
     if theirs != table.codec_name:
         raise held.refuse_codec(
             layer, f"{values[0].name} was {values[0].dtype}, which is {theirs!r}",

@@ -24,6 +24,15 @@ from engram.quantize.extent_table import ExtentTable
 from engram.quantize.package import ExportConfig, export_package, open_package
 from engram.quantize.row_store import RowStoreError
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tables too are streamed in several blocks."""
+    monkeypatch.setattr("engram.quantize.mapped._READ_PAGES", 2)
+    monkeypatch.setattr("engram.quantize.extent_table._CHUNK", 5000)
+
 
 def packed(source: Path, **choices: Any) -> Path:
     """The package of a checkpoint, beside it."""
@@ -47,7 +56,7 @@ def tensors_in(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
         header = json.loads(data[8 : 8 + length])
         with safe_open(path, framework="pt") as file:
             assert set(file.keys()) == header.keys() - {"__metadata__"}
-        header.pop("__metadata__", None)
+        found[path.name] = "", [], str(header.pop("__metadata__", None)).encode()
         for name, entry in header.items():
             begin, end = (8 + length + at for at in entry["data_offsets"])
             found[name] = entry["dtype"], entry["shape"], data[begin:end]
@@ -67,7 +76,8 @@ def test_the_published_layout_comes_back(tmp_path: Path, family: str, in_place: 
     there, here = tensors_in(tmp_path / "m"), tensors_in(tmp_path / "out")
     published = json.loads((package / MANIFEST).read_bytes())["origin"]["published"]
     names = {tensor["name"] for table in published["tables"].values() for tensor in table} | set(published["dense"])
-    assert here == {name: there[name] for name in names}
+    files = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert here == {name: there[name] for name in names | files}
     assert (tmp_path / "out" / "config.json").read_bytes() == (tmp_path / "m" / "config.json").read_bytes()
     for name in told["whole"]:
         digests = [hashlib.sha256((tmp_path / side / name).read_bytes()).hexdigest() for side in ("m", "out")]
@@ -138,10 +148,16 @@ def test_a_header_that_says_otherwise_is_refused(tmp_path: Path) -> None:
     package = packed(tmp_path / "m")
     header = package / "source" / "model-00001-of-00003.safetensors.header"
     source = safetensors._shard
-    wanted = {"model.layers.1.engram.q_weight": ("F32", (2, 17))}
+    wanted = {"model.layers.1.engram.q_weight": ("F32", (16, 2))}
     with pytest.raises(ExportError, match=r"'model.layers.1.engram.q_weight' is \('F32', \(2, 16\)\)"):
         source(header.parent, "model-00001-of-00003.safetensors", wanted)
-    header.write_bytes(header.read_bytes()[:-9])
+    whole = header.read_bytes()
+    entries = json.loads(whole[8:])
+    entries["model.layers.1.engram.q_weight"]["data_offsets"][1] += 4
+    header.write_bytes(whole[:8] + json.dumps(entries).encode())
+    with pytest.raises(ExportError, match="says that 'model.layers.1.engram.q_weight'"):
+        source(header.parent, "model-00001-of-00003.safetensors", {"model.layers.1.engram.q_weight": ("F32", (2, 16))})
+    header.write_bytes(whole[:-9])
     with pytest.raises(ExportError, match="is no header of a shard"):
         source(header.parent, "model-00001-of-00003.safetensors", wanted)
     with pytest.raises(ExportError, match="'../x', which is no plain file name"):

@@ -9,8 +9,9 @@ import gguf
 import numpy as np
 import pytest
 from published import write_gemma, write_longcat, write_qwen4_exp, write_qwen4exp_gguf, write_small_v41
-from test_export_formats import described, packed
+from test_export_formats import described, packed, small_blocks  # noqa: F401 (a fixture)
 
+from engram import Progress
 from engram.builders.gguf_header import GgufHeaderError, read_metadata, read_pairs
 from engram.builders.layout import Layout
 from engram.builders.tensor_files import open_files
@@ -24,6 +25,7 @@ from engram.quantize.package import open_package
 
 TABLE = "per_layer_token_embd.weight"
 KINDS = ("F32", "BF16", "Q8_0", "Q4_0", "IQ4_NL")
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 # gguf
@@ -242,7 +244,7 @@ def test_a_tensor_must_come_to_its_size(tmp_path: Path) -> None:
     """And what was written until then is gone."""
     tensor = Entry("x", "F32", (2, 3), lambda: iter([bytes(20)]))
     with pytest.raises(ExportError, match="tensor 'x' came to 20 bytes, not 24"):
-        write_gguf(TargetConfig(tmp_path, tmp_path / "out.gguf"), {}, [tensor])
+        write_gguf(TargetConfig(tmp_path, tmp_path / "out.gguf"), {}, [tensor], 32, Progress())
     assert not list(tmp_path.iterdir())
 
 

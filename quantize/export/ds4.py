@@ -19,7 +19,7 @@ from engram import Progress
 from engram.builders.families.config import Header
 from engram.builders.gguf_header import read_pairs
 from engram.quantize.export.gguf_file import Entry, check_file, copied, number, numbers, open_backbone, text, write_gguf
-from engram.quantize.export.target import Converted, ExportError, TargetConfig, open_converted, rows_of
+from engram.quantize.export.target import Converted, ExportError, TargetConfig, open_converted
 
 ARCH = "deepseek41"
 ENCODING = "e4m3_e8m0_32_row264"
@@ -47,8 +47,8 @@ def export(config: TargetConfig, progress: Progress | None = None) -> dict[str, 
             _check_backbone(Header(config.backbone, files.metadata), held)
             pairs = {k: pair for k, pair in read_pairs(config.backbone).items() if not k.startswith(_KEYS)}
             tensors = [copied(name, tensor) for name, tensor in files.tensors.items() if name not in tables]
-        tensors += [_table(held, layer, name, progress) for name, layer in tables.items()]
-        size = write_gguf(config, pairs | _constants(held), tensors, ALIGNMENT)
+        tensors += [_table(held, layer, name) for name, layer in tables.items()]
+        size = write_gguf(config, pairs | _constants(held), tensors, ALIGNMENT, progress)
     if config.backbone is None:
         progress.say(f"{config.out} holds no backbone: ds4 does not run it (--backbone FILE.gguf)")
     return {
@@ -108,11 +108,11 @@ def _constants(held: Converted) -> dict[str, bytes]:
     return {_KEYS + name: pair for name, pair in out.items()}
 
 
-def _table(held: Converted, layer: int, name: str, progress: Progress) -> Entry:
+def _table(held: Converted, layer: int, name: str) -> Entry:
     table = held.tables[layer]
 
     def blocks() -> Iterator[memoryview]:
-        for first, rows in rows_of(table, progress):
+        for first, rows in table.blocks():
             wrong = ((rows[:, :WIDTH] & 127) == 127).any(axis=1) | (rows[:, WIDTH:] == 255).any(axis=1)
             if wrong.any():
                 row = first + int(np.flatnonzero(wrong)[0])

@@ -55,10 +55,10 @@ def export(config: TargetConfig, progress: Progress | None = None) -> dict[str, 
         make = _qwen if held.family == "qwen4_exp" else _per_token
         files = None if config.backbone is None else open_backbone(config.backbone)
         pairs, shape = make(held, layer, files)
-        table = table_entry(held, layer, TABLE, kind, shape, progress)
+        table = table_entry(held, layer, TABLE, kind, shape)
         tensors = {} if files is None else {name: copied(name, tensor) for name, tensor in files.tensors.items()}
         tensors[TABLE] = table  # in its place, or the last
-        size = write_gguf(config, pairs, list(tensors.values()), 32 if files is None else _alignment(files))
+        size = write_gguf(config, pairs, list(tensors.values()), _alignment(files), progress)
     if files is None:
         progress.say(f"{config.out} holds no backbone: llama.cpp does not load it (--backbone FILE.gguf)")
     return {
@@ -78,8 +78,8 @@ def _kind(held: Converted, layer: int) -> str:
     return TYPES[name]
 
 
-def _alignment(files: TensorFiles) -> int:
-    return int(files.metadata.get(ALIGNMENT, 32))
+def _alignment(files: TensorFiles | None) -> int:
+    return 32 if files is None else int(files.metadata.get(ALIGNMENT, 32))
 
 
 def _qwen(held: Converted, layer: int, files: TensorFiles | None) -> tuple[dict[str, bytes], tuple[int, ...]]:

@@ -18,7 +18,7 @@ from engram import Progress, __version__
 from engram.builders.atomic import check_replaceable
 from engram.builders.gguf_header import ARRAY, GGML, STRING, GgufHeaderError, read_metadata
 from engram.builders.tensor_files import Tensor, TensorFiles, open_files
-from engram.quantize.export.target import Converted, ExportError, TargetConfig, atomic_file, rows_of, write_behind
+from engram.quantize.export.target import Converted, ExportError, TargetConfig, atomic_file, write_behind
 from engram.quantize.source_parts import tensor_blocks
 
 MARK = "engram.release"  # the key that says that a GGUF is an export of ours
@@ -60,9 +60,9 @@ def copied(name: str, tensor: Tensor) -> Entry:
     return Entry(name, tensor.dtype, tensor.shape, lambda: tensor_blocks(tensor))
 
 
-def table_entry(held: Converted, layer: int, name: str, kind: str, shape: tuple[int, ...], progress: Progress) -> Entry:
+def table_entry(held: Converted, layer: int, name: str, kind: str, shape: tuple[int, ...]) -> Entry:
     """A layer's rows, one after another."""
-    return Entry(name, kind, shape, lambda: (rows.data for _, rows in rows_of(held.tables[layer], progress)))
+    return Entry(name, kind, shape, lambda: (rows.data for _, rows in held.tables[layer].blocks()))
 
 
 def text(key: str, value: str) -> bytes:
@@ -81,7 +81,9 @@ def numbers(key: str, values: Any, kind: str) -> bytes:
     return _string(key) + struct.pack("<IIQ", ARRAY, _NUMBERS[kind], len(array)) + array.tobytes()
 
 
-def write_gguf(config: TargetConfig, pairs: dict[str, bytes], tensors: Sequence[Entry], alignment: int = 32) -> int:
+def write_gguf(
+    config: TargetConfig, pairs: dict[str, bytes], tensors: Sequence[Entry], alignment: int, progress: Progress
+) -> int:  # fmt: skip
     """Write `config.out` whole or not at all, after `check_file`; its bytes."""
     pairs = pairs | {ALIGNMENT: number(ALIGNMENT, alignment), MARK: text(MARK, __version__)}
     counts = struct.pack("<4sIQQ", b"GGUF", _VERSION, len(tensors), len(pairs))
@@ -94,14 +96,19 @@ def write_gguf(config: TargetConfig, pairs: dict[str, bytes], tensors: Sequence[
         reached += -(-tensor.bytes // alignment) * alignment
     header = b"".join(parts)
     begin = -(-len(header) // alignment) * alignment
-    with atomic_file(config.out) as file:
+    with (
+        atomic_file(config.out) as file,
+        progress.task(f"write {config.out.name}", sum(tensor.bytes for tensor in tensors), "B") as task,
+    ):
         write_behind(file, header, 0)
         file.truncate(begin + reached)
         for tensor, place in zip(tensors, places, strict=True):
             at = begin + place
             for block in tensor.blocks():
                 write_behind(file, block, at)
-                at += len(block) if isinstance(block, bytes) else block.nbytes
+                length = len(block) if isinstance(block, bytes) else block.nbytes
+                at += length
+                task.advance(length)
             if at != begin + place + tensor.bytes:
                 raise ExportError(f"tensor {tensor.name!r} came to {at - begin - place:,} bytes, not {tensor.bytes:,}")
     return begin + reached

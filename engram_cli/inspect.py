@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,13 +13,24 @@ from engram.cli.sizes import show_bytes
 
 
 def inspect(
-    path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A checkpoint or package of ours, a published checkpoint, or a GGUF.")
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH|NAME",
+            help="A checkpoint or package of ours, a published checkpoint, or a GGUF; where no such path is, a hub name"
+            " (ORG/NAME[@REVISION][/FILE.gguf]) or an https:// URL, read without a download.",
+        ),
     ],
     json: options.Json = False,
 ) -> None:
     """Say what a checkpoint or package holds, from headers alone, and what its quality gate found."""
-    if path.suffix == ".gguf" or (path / "config.json").is_file() and not (path / "engram.json").is_file():
+    path = Path(name)
+    if _is_elsewhere(str(name)):
+        from engram.cli.progress import on_screen
+        from engram.quantize.inspect_published import inspect_remote
+
+        result = inspect_remote(name, on_screen())
+    elif path.suffix == ".gguf" or (path / "config.json").is_file() and not (path / "engram.json").is_file():
         from engram.quantize.inspect_published import inspect_published
 
         result = inspect_published(path)
@@ -45,10 +57,18 @@ def inspect(
     print(ui.printable("\n".join(words)))
 
 
+def _is_elsewhere(name: str) -> bool:
+    """A URL, or what is no path here: a hub name, or nothing."""
+    return name.startswith(("https://", "http://")) or not os.path.lexists(name)
+
+
 def other_words(result: dict[str, Any]) -> list[str]:
     """Of a published checkpoint: where its tables lie, and what else is there."""
     words = [f"tables in: {', '.join(result['table_files']) or 'no file that is here'}"]
-    words.append(f"besides: {result['other']['tensors']:,} tensors, {show_bytes(result['other']['bytes'])}")
+    size = result["other"]["bytes"]
+    words.append(f"besides: {result['other']['tensors']:,} tensors" + ("" if size is None else f", {show_bytes(size)}"))
+    if "source" in result:
+        words.append(f"read from headers: {result['source']}")
     if result["missing_files"]:
         words.append(f"not here: {', '.join(result['missing_files'])}")
     return words

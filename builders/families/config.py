@@ -14,7 +14,7 @@ LARGEST = 1 << 40  # rows, ids and the like: beyond it nothing is published, and
 MOST_LAYERS = 1024  # or heads, or anything else that is listed
 MOST_ORDER = 8  # what llama.cpp reads at most
 MOST_HEADS = 64
-_LARGEST_FILE = 1 << 24
+LARGEST_FILE = 1 << 24
 
 
 class FamilyError(EngramError):
@@ -95,13 +95,19 @@ class Config(Keys):
         """Of a checkpoint folder."""
         path = folder / NAME
         try:
-            if path.stat().st_size > _LARGEST_FILE:
+            if path.stat().st_size > LARGEST_FILE:
                 raise FamilyError(f"{path} has {path.stat().st_size:,} bytes, no configuration is that large")
-            values = json.loads(path.read_bytes())
+            return cls.parse(path, path.read_bytes())
         except OSError as wrong:
             raise FamilyError(
                 f"{path} cannot be read: {wrong.strerror}", hint="the configuration says what the tensors mean"
             ) from None
+
+    @classmethod
+    def parse(cls, path: Path, raw: bytes) -> Config:
+        """Of a file's bytes; `path` names it in what is refused."""
+        try:
+            values = json.loads(raw)
         except (ValueError, RecursionError) as wrong:
             raise FamilyError(f"{path} is no JSON: {wrong}") from None
         if not isinstance(values, dict):

@@ -49,6 +49,8 @@ def export(
     """Write the package that a laptop maps, or converted tables as other engines read them."""
     if backbone is not None and format not in (Format.gguf, Format.ds4):
         raise ExportUsageError(f"--backbone {backbone} is of no use to --format {format}", hint="leave it out")
+    if not embed_backbone and format != Format.package:
+        raise ExportUsageError(f"--reference-backbone is of no use to --format {format}", hint="leave it out")
     if format == Format.package:
         from engram.quantize.package import ExportConfig, export_package
 

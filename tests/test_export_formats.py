@@ -260,3 +260,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["export", str(package), "--format", "vllm", "--backbone", "x.gguf", "--out", str(tmp_path / "v")])
     assert "--backbone x.gguf is of no use to --format vllm" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", str(package), "--format", "vllm", "--reference-backbone", "--out", str(tmp_path / "v")])
+    assert "--reference-backbone is of no use to --format vllm" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "m"), "--format", "vllm", "--out", str(tmp_path / "v")])
+    assert "m is no package: it holds no engram.json" in (said := capsys.readouterr().err) and "engram convert" in said

@@ -87,6 +87,10 @@ class Converted:
 @contextmanager
 def open_converted(folder: Path) -> Iterator[Converted]:
     """Open a package of `engram convert`. Raises PackageError, and ExportError for a package of another origin."""
+    if not (folder / MANIFEST).is_file():
+        raise ExportError(
+            f"{folder} is no package: it holds no {MANIFEST}", hint="make one of a published checkpoint: engram convert"
+        )
     with open_package(folder) as package:
         if (kind := package.manifest["backbone"]["kind"]) != "none":
             raise ExportError(

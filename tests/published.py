@@ -138,6 +138,8 @@ def write_qwen4exp_gguf(path: Path, kind: str = "Q4_0", **changes: Any) -> np.nd
     """The memory of a qwen4exp GGUF, as llama.cpp reads it: keys and table, nothing of the backbone; the rows."""
     import gguf
 
+    from engram.kernels.codecs import find_codec
+
     sizes, width = (53, 59, 61, 67), 32
     values: dict[str, Any] = {
         "layers": [1], "ngram_size": 3, "heads_per_ngram": 2, "conv_kernel": 4, "eos_token_id": 9,
@@ -151,7 +153,7 @@ def write_qwen4exp_gguf(path: Path, kind: str = "Q4_0", **changes: Any) -> np.nd
         writer.add_array(key, value) if isinstance(value, list) else writer.add_uint32(key, value)
     rows = np.random.default_rng(0).normal(size=(sum(sizes), width)).astype(np.float32)
     dtype = gguf.GGMLQuantizationType[kind]
-    stored = gguf.quants.quantize(rows, dtype)
+    stored = find_codec("iq4_nl").encode(rows) if kind == "IQ4_NL" else gguf.quants.quantize(rows, dtype)
     writer.add_tensor("per_layer_token_embd.weight", stored, raw_dtype=dtype)
     writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
     writer.write_header_to_file()
@@ -161,7 +163,10 @@ def write_qwen4exp_gguf(path: Path, kind: str = "Q4_0", **changes: Any) -> np.nd
     return stored
 
 
-def write_small_v41(folder: Path, base: int = 60, layers: tuple[int, ...] = (1, 3), seed: int = 0) -> dict[str, Any]:
+def write_small_v41(
+    folder: Path, base: int = 60, layers: tuple[int, ...] = (1, 3), seed: int = 0, heads: int = 2, orders: int = 2,
+    width: int = 64,
+) -> dict[str, Any]:  # fmt: skip
     """DeepSeek-V4.1's layout in miniature, with real bytes, a tokenizer and one shard a layer; all arrays."""
     import torch
     from safetensors.torch import save_file as save
@@ -170,14 +175,14 @@ def write_small_v41(folder: Path, base: int = 60, layers: tuple[int, ...] = (1, 
 
     folder.mkdir(parents=True)
     write_words(folder)
-    heads, orders, width, hidden, streams = 2, 2, 64, 16, 2
+    hidden, streams = 16, 2
     primes = prime_moduli(list(layers), [base] * orders, heads)
     rows = {layer: sum(map(sum, primes[layer])) for layer in layers}
     text = {
-        "engram_layer_ids": list(layers), "engram_num_embeddings": list(rows.values()), "engram_max_ngram_size": 3,
-        "engram_vocab_size": base, "engram_n_heads": heads, "engram_head_dim": width, "engram_pad_id": 2,
-        "engram_compressed_vocab_size": 9, "hidden_size": hidden, "hc_mult": streams, "vocab_size": len(WORDS),
-        "image_token_id": 10,
+        "engram_layer_ids": list(layers), "engram_num_embeddings": list(rows.values()),
+        "engram_max_ngram_size": orders + 1, "engram_vocab_size": base, "engram_n_heads": heads,
+        "engram_head_dim": width, "engram_pad_id": 2, "engram_compressed_vocab_size": 9, "hidden_size": hidden,
+        "hc_mult": streams, "vocab_size": len(WORDS), "image_token_id": 10,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v41", "text_config": text}))
     generator, arrays, weight_map = np.random.default_rng(seed), {}, {}

@@ -59,6 +59,8 @@ def other_words(result: dict[str, Any]) -> list[str]:
 
 def backbone_words(backbone: dict[str, Any]) -> str:
     """Type, size and place in a line."""
+    if backbone["kind"] == "none":
+        return "backbone: none, these are the tables of a published model alone"
     stored = backbone["type"] + ("" if backbone["type"] == backbone["dtype"] else f", computed in {backbone['dtype']}")
     size = f", {show_bytes(backbone['bytes'])}" if "bytes" in backbone else ", its files are not here"
     place = "in this folder" if backbone["kind"] == "embedded" else f"at {backbone['path']}"

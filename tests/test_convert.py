@@ -34,6 +34,7 @@ from engram.quantize import convert as converting
 from engram.quantize.convert import ConvertConfig, ConvertError, convert
 from engram.quantize.foreign_rows import ForeignError
 from engram.quantize.inspect import inspect
+from engram.quantize.inspect_published import inspect_published
 from engram.quantize.package import ExportConfig, PackageError, export_package, open_package
 from engram.quantize.row_store import RowStoreError
 from engram.quantize.verify import verify_package
@@ -119,6 +120,7 @@ def test_every_row_is_the_sources(tmp_path: Path, family: str, in_place: bool) -
     assert {path: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
     told = inspect(tmp_path / "package")
     assert (told["kind"], told["backbone"]["kind"]) == ("package", "none")
+    assert told["family"] == inspect_published(tmp_path / "m")["family"]
     packed = sum(path.stat().st_size for path in (tmp_path / "package" / "tables").iterdir())
     assert in_place == (packed < sum(rows.nbytes for rows in expected.values()))
 
@@ -291,6 +293,16 @@ def test_verify_finds_what_differs_from_the_source(tmp_path: Path) -> None:
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     (problem,) = verify_package(tmp_path / "package", against=tmp_path / "m")["problems"]
     assert "the multipliers of layer 1 are [" in problem
+
+
+def test_a_source_of_another_family_is_one_problem(tmp_path: Path) -> None:
+    longcat(tmp_path / "m")
+    v41(tmp_path / "other")
+    convert(ConvertConfig(tmp_path / "m", tmp_path / "package"))
+    verified = verify_package(tmp_path / "package", against=tmp_path / "other")
+    assert verified["problems"] == [
+        f"{tmp_path / 'other'} is of family deepseek_v41, {tmp_path / 'package'} was converted from longcat_flash_ngram"
+    ]
 
 
 def test_stored_constants_must_be_those_of_the_configuration(tmp_path: Path) -> None:

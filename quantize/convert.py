@@ -16,7 +16,7 @@ from typing import Any
 from engram import EngramError, Progress, __version__
 from engram.builders.atomic import resumable_folder, sync_tree
 from engram.builders.backbone import BackboneRef
-from engram.builders.checkpoint import TOKENIZER_FILES, table_file
+from engram.builders.checkpoint import MANIFEST, TOKENIZER_FILES, table_file
 from engram.builders.families.family import Published
 from engram.builders.families.known import find_published
 from engram.builders.families.layouts import COMPRESSING, layout_of
@@ -68,6 +68,14 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> dict[str
     begin = time.monotonic()
     progress = progress or Progress()
     check_target(config.source, config.out, force=config.force, error=ConvertError)
+    if not config.source.exists():
+        raise ConvertError(
+            f"{config.source} does not exist", hint="fetch the checkpoint first: the shards that `engram inspect` names"
+        )
+    if (config.source / MANIFEST).is_file():
+        raise ConvertError(
+            f"{config.source} is an artifact of ours already", hint="engram quantize and engram export take those"
+        )
     if config.in_place and config.tables is not None:
         raise ConvertError("rows that stay in place keep their codec", hint="leave out --tables, or --in-place")
     codec = None if config.tables is None else find_codec(config.tables)

@@ -397,6 +397,15 @@ def test_the_target_may_not_lie_in_the_source_or_stand_already(tmp_path: Path) -
     convert(ConvertConfig(tmp_path / "m", tmp_path / "package", force=True))
 
 
+def test_a_source_must_be_there_and_not_be_ours(tmp_path: Path) -> None:
+    with pytest.raises(ConvertError, match="nothing does not exist"):
+        convert(ConvertConfig(tmp_path / "nothing", tmp_path / "package"))
+    longcat(tmp_path / "m")
+    convert(ConvertConfig(tmp_path / "m", tmp_path / "package"))
+    with pytest.raises(ConvertError, match="package is an artifact of ours already"):
+        convert(ConvertConfig(tmp_path / "package", tmp_path / "again"))
+
+
 def test_a_package_without_a_backbone_says_so(tmp_path: Path) -> None:
     longcat(tmp_path / "m")
     convert(ConvertConfig(tmp_path / "m", tmp_path / "package"))

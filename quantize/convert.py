@@ -208,11 +208,11 @@ def _finish(
     """What is small: token map, tokenizer, the rest of the memory, and the manifest."""
     layout.save_map(folder)
     names = [TOKEN_MAP] if layout.token_map is not None else []
-    home = config.source if config.source.is_dir() else config.source.parent
-    if config.tokenizer is not None or found.dialect in COMPRESSING or (home / TOKENIZER_FILES[0]).is_file():
+    own = config.source / TOKENIZER_FILES[0]  # what lies beside a GGUF may be anything's
+    if config.tokenizer is not None or found.dialect in COMPRESSING or own.is_file():
         from engram.builders.tokenizer import save_tokenizer
 
-        save_tokenizer(config.tokenizer or home, folder)
+        save_tokenizer(config.tokenizer or config.source, folder)
         names += [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     names += keep_source(config.source, folder / SOURCE, found, files)
     sync_tree(folder)

@@ -79,7 +79,7 @@ def read_integers(tensor: Tensor) -> NDArray[np.int64]:
 
 
 def _tokenizer_in(folder: Path) -> Path:
-    path = (folder if folder.is_dir() else folder.parent) / "tokenizer.json"
+    path = folder / "tokenizer.json"
     if not path.is_file():
         raise FamilyError(
             f"{path} does not exist: this family hashes compressed ids, which the tokenizer makes",

@@ -200,6 +200,7 @@ def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 RAN = {"text": "streamed", "token_ids": [1], "prefill_tokens_per_second": 10.0, "decode_tokens_per_second": 5.0}
 RAN |= {"rows_read": 3, "bytes_read": 2000, "peak_rss_bytes": 5_000_000, "row_io": "mmap", "kernels": "cpp-avx2"}
+RAN |= {"engine": "torch"}
 
 
 def test_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from engram.builders.backbone import BackboneRef
 from engram.builders.checkpoint import MANIFEST, TOKENIZER_FILES, table_file
 from engram.builders.families.family import Published
 from engram.builders.families.known import find_published
-from engram.builders.families.layouts import COMPRESSING, layout_of
+from engram.builders.families.layouts import compresses, layout_of
 from engram.builders.fetch import hash_file
 from engram.builders.layout import Layout
 from engram.builders.process_memory import resident_bytes
@@ -209,7 +209,7 @@ def _finish(
     layout.save_map(folder)
     names = [TOKEN_MAP] if layout.token_map is not None else []
     own = config.source / TOKENIZER_FILES[0]  # what lies beside a GGUF may be anything's
-    if config.tokenizer is not None or found.dialect in COMPRESSING or own.is_file():
+    if config.tokenizer is not None or compresses(found) or own.is_file():
         from engram.builders.tokenizer import save_tokenizer
 
         save_tokenizer(config.tokenizer or config.source, folder)

@@ -7,9 +7,9 @@ n of layer l at position t is
 
     XOR over k = 0 … n-1 of c[t - N + 1 + k] * m[l, k]    modulo each head's prime.
 
-So the oldest token has the first multiplier, and an order below N ends N - n tokens before t. That is no dialect of
-ours: it is inspected, not converted. Its engine "qwen_ple" hashes as Qwen3.8-Flash-Next does, with constants of its own
-that are the same in every adapter.
+So the oldest token has the first multiplier, and an order below N ends N - n tokens before t. Where ids are compressed,
+those of added tokens stay raw. Its engine "qwen_ple" hashes as Qwen3.8-Flash-Next does, with constants of its own that
+are the same in every adapter.
 """
 
 from __future__ import annotations

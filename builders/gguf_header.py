@@ -122,6 +122,11 @@ def read_places(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[
     return _mapped(path, _places)
 
 
+def read_pairs(path: Path) -> dict[str, bytes]:
+    """Key → the pair's own bytes (key, type, value), by which it can be written again. Raises as read_metadata."""
+    return _mapped(path, _pairs)
+
+
 def _mapped(path: Path, read: Callable[[_Cursor], _Found]) -> _Found:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -180,8 +185,15 @@ def _entries(cursor: _Cursor, count: int) -> dict[str, tuple[tuple[int, ...], in
     return out
 
 
-def _read(cursor: _Cursor) -> tuple[dict[str, Any], int]:
-    """The pairs, and how many tensors follow."""
+def _pairs(cursor: _Cursor) -> dict[str, bytes]:
+    begins: dict[str, int] = {}
+    _read(cursor, begins)
+    ends = [*list(begins.values())[1:], cursor.at]
+    return {key: cursor.data[begin:end] for (key, begin), end in zip(begins.items(), ends, strict=True)}
+
+
+def _read(cursor: _Cursor, begins: dict[str, int] | None = None) -> tuple[dict[str, Any], int]:
+    """The pairs, and how many tensors follow; with `begins`, where each pair begins."""
     magic, version = cursor.take(4, "magic"), cursor.unsigned(4, "version")
     if magic != b"GGUF" or version not in (2, 3):
         raise GgufHeaderError(f"{cursor.name} begins with {magic!r} and version {version}, not GGUF 2 or 3")
@@ -191,6 +203,11 @@ def _read(cursor: _Cursor) -> tuple[dict[str, Any], int]:
         raise GgufHeaderError(f"{cursor.name} claims {pairs} metadata pairs, more than {MOST_PAIRS}")
     out: dict[str, Any] = {}
     for _ in range(pairs):
+        begin = cursor.at
         key = cursor.text("a key")
+        if begins is not None:
+            if key in begins:
+                raise GgufHeaderError(f"{cursor.name} has the key {key!r} twice")
+            begins[key] = begin
         out[key] = cursor.value(cursor.unsigned(4, key), key)
     return out, tensors

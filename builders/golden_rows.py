@@ -49,6 +49,14 @@ GOLDEN = {
         (13, 17, 19),
         {1: ((2684051, 29782984), (179124972, 180611476))},
     ),
+    "engram-peft": Golden(
+        "engram-peft 1.2.7",
+        {"dialect": "engram-peft", "orders": (1, 2, 3, 4), "heads": 2, "head_dim": 8, "layers": (2, 5), "seed": 1,
+         "rows_per_head": (450, 400, 350, 300), "pad_id": 2, "vocab_size": 98627},
+        (83894, 62821, 50411),
+        {5: ((178, 303), (35, 268), (262, 154), (305, 226)), 2: ((388, 62), (22, 265), (55, 229), (264, 215))},
+        local=True,
+    ),
     "longcat": Golden(
         "LongCat-Flash-Lite",
         {"dialect": "longcat", "orders": (2, 3, 4), "heads": 4, "head_dim": 256, "layers": (0,), "pad_id": 0,
@@ -98,7 +106,7 @@ def constant_problems(layout: Layout) -> tuple[int, list[str]]:
         checked += len(derived)
         if stored != derived:
             problems.append(f"layer {layer} has the multipliers {list(stored)}, its dialect makes {list(derived)}")
-    if layout.dialect in ("demo", "v41", "qwen-ple"):
+    if layout.dialect in ("demo", "v41", "qwen-ple", "engram-peft"):
         every = [modulus for layer in layout.layers for heads in layout.primes[layer] for modulus in heads]
         checked += len(every)
         if wrong := [modulus for modulus in every if not is_prime(modulus)]:

@@ -20,14 +20,16 @@ class Dialect:
 
     `raw`: token ids are hashed as they are, and those below zero are refused; `resets`: no look-back crosses a token
     that ends a text; `dead_negative`: ids below zero are dead; `sums`: products are added, with multipliers of their
-    own for every column, instead of combined by XOR; `fill`: stands for what a look-back may not see (None: `reset_id`,
-    or the padding token); `multiple`: a stored table is padded to a multiple of this many rows.
+    own for every column, instead of combined by XOR; `oldest_first`: the windows of all orders begin at the oldest
+    token of the highest order, which has the first multiplier; `fill`: stands for what a look-back may not see (None:
+    `reset_id`, or the padding token); `multiple`: a stored table is padded to a multiple of this many rows.
     """
 
     raw: bool = False
     resets: bool = False
     dead_negative: bool = False
     sums: bool = False
+    oldest_first: bool = False
     fill: int | None = None
     multiple: int = 1
 
@@ -37,6 +39,7 @@ DIALECTS = {
     "v41": Dialect(dead_negative=True),  # DeepSeek-V4.1-Flash
     "qwen-ple": Dialect(raw=True, resets=True, multiple=128),  # Qwen3.8-Flash-Next
     "longcat": Dialect(raw=True, resets=True, sums=True, fill=0),  # LongCat-Flash-Lite
+    "engram-peft": Dialect(oldest_first=True),  # the package's own engine; it has the demo's constants
     "identity": Dialect(raw=True),  # per-token tables (Gemma 3n and 4): row = heads * id + head
 }
 

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ BITS = {
     "F4": 4,
 }  # fmt: skip
 _LARGEST, _LARGEST_INDEX = (1 << 63) - 1, 1 << 28
+_FETCH = "it is truncated, altered or another kind of file: fetch it again"
 
 
 class TensorFileError(EngramError):
@@ -68,6 +69,11 @@ class TensorFiles:
             )
         raise TensorFileError(f"{self.path} holds no tensor {name!r}")
 
+    @property
+    def total_bytes(self) -> int | None:
+        """Of all tensors that are here; None where nobody says it."""
+        return sum(tensor.bytes for tensor in self.tensors.values())
+
 
 def open_files(path: Path) -> TensorFiles:
     """Read the headers of a checkpoint folder or file. Shards that an index names may be missing.
@@ -75,7 +81,7 @@ def open_files(path: Path) -> TensorFiles:
     Raises TensorFileError for everything that is not consistent.
     """
     if path.is_dir():
-        with _uncollected():
+        with uncollected():
             return _folder(path)
     if path.suffix == ".gguf":
         metadata, places = read_places(path)
@@ -89,7 +95,7 @@ def open_files(path: Path) -> TensorFiles:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """No garbage collection: a hundred thousand tensors make no cycles, and would be looked at again and again."""
     before = gc.isenabled()
     gc.disable()
@@ -107,13 +113,13 @@ def _folder(folder: Path) -> TensorFiles:
         if not found:
             raise TensorFileError(f"{folder} holds no .safetensors file", hint="give the folder of the weights")
         return TensorFiles(folder, _joined(found))
-    weight_map = _read_index(index)
+    if index.stat().st_size > _LARGEST_INDEX:
+        raise TensorFileError(f"{index} has {index.stat().st_size:,} bytes, no index is that large")
+    weight_map, _ = check_index(index, index.read_bytes())
     here = {shard for shard in dict.fromkeys(weight_map.values()) if (folder / shard).is_file()}
     tensors = _joined((folder / shard for shard in sorted(here)), weight_map)
     absent = {name: shard for name, shard in weight_map.items() if name not in tensors}
-    for name, shard in absent.items():
-        if shard in here:
-            raise TensorFileError(f"{index} says that {shard} holds {name!r}, it does not", hint="fetch it again")
+    check_held(index, absent, here)
     return TensorFiles(folder, tensors, absent)
 
 
@@ -121,24 +127,36 @@ def _joined(paths: Iterable[Path], weight_map: Mapping[str, str] | None = None) 
     """The tensors of all files, each in one file only, and in the one that `weight_map` names."""
     tensors: dict[str, Tensor] = {}
     for path in paths:
-        shard = path.name
-        for name, tensor in read_header(path).items():
-            if name in tensors:
-                raise TensorFileError(f"tensor {name!r} is in {tensors[name].file} and in {path}")
-            if weight_map is not None and weight_map.get(name, shard) != shard:
-                said = weight_map[name]
-                raise TensorFileError(f"{path.parent / INDEX} says that {name!r} is in {said}, it is in {shard}")
-            tensors[name] = tensor
+        join(tensors, path, read_header(path), weight_map)
     return tensors
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name → file name, which stays inside the folder."""
-    if path.stat().st_size > _LARGEST_INDEX:
-        raise TensorFileError(f"{path} has {path.stat().st_size:,} bytes, no index is that large")
+def join(
+    tensors: dict[str, Tensor], path: Path, found: Mapping[str, Tensor], weight_map: Mapping[str, str] | None = None
+) -> None:
+    """Put what one shard holds to what others hold, as `_joined` says; TensorFileError where that contradicts."""
+    shard = path.name
+    for name, tensor in found.items():
+        if name in tensors:
+            raise TensorFileError(f"tensor {name!r} is in {tensors[name].file} and in {path}")
+        if weight_map is not None and weight_map.get(name, shard) != shard:
+            said = weight_map[name]
+            raise TensorFileError(f"{path.parent / INDEX} says that {name!r} is in {said}, it is in {shard}")
+        tensors[name] = tensor
+
+
+def check_held(index: Path, lacking: Mapping[str, str], read: Collection[str]) -> None:
+    """Refuse an index where a shard that was read lacks a tensor (`lacking`: name → shard)."""
+    for name, shard in lacking.items():
+        if shard in read:
+            raise TensorFileError(f"{index} says that {shard} holds {name!r}, it does not", hint="fetch it again")
+
+
+def check_index(path: Path, raw: bytes) -> tuple[dict[str, str], int | None]:
+    """Tensor name → file name, which stays inside the folder; the bytes of all tensors, where the index says them."""
     try:
-        weight_map = json.loads(path.read_bytes(), object_pairs_hook=_no_twice)["weight_map"]
-        pairs = dict(weight_map)
+        index = json.loads(raw, object_pairs_hook=_no_twice)
+        pairs = dict(index["weight_map"])
     except (ValueError, KeyError, TypeError, RecursionError) as wrong:
         raise TensorFileError(f"{path} is no index with a weight_map: {wrong!r}") from None
     for name, shard in pairs.items():
@@ -147,7 +165,9 @@ def _read_index(path: Path) -> dict[str, str]:
     for shard in set(pairs.values()):
         if Path(shard).name != shard or "\\" in shard or shard in (".", "..", ""):
             raise TensorFileError(f"{path} names the shard {shard!r}: a shard is a file beside the index")
-    return pairs
+    metadata = index.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return pairs, total if type(total) is int and 0 <= total <= _LARGEST else None
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -155,15 +175,25 @@ def read_header(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or not 2 <= length <= min(LONGEST_HEADER, size - 8):
-                raise TensorFileError(
-                    f"{path} states a header of {length:,} bytes, the file has {size:,}",
-                    hint="it is truncated, altered or another kind of file: fetch it again",
-                )
-            text = file.read(length)
+            text = file.read(header_length(path, file.read(8), size))
     except OSError as wrong:
         raise TensorFileError(f"{path} cannot be read: {wrong.strerror}") from None
+    return check_header(path, text, size)
+
+
+def header_length(path: Path, first: bytes, size: int, most: int = LONGEST_HEADER) -> int:
+    """Bytes of the header behind a file's `first` 8 bytes, of `size` in all; TensorFileError where that cannot be."""
+    length = int.from_bytes(first, "little")
+    if size < 8 or not 2 <= length <= min(LONGEST_HEADER, size - 8):
+        raise TensorFileError(f"{path} states a header of {length:,} bytes, the file has {size:,}", hint=_FETCH)
+    if length > most:
+        raise TensorFileError(f"{path} states a header of {length:,} bytes, at most {most:,} are read from a server")
+    return length
+
+
+def check_header(path: Path, text: bytes, size: int) -> dict[str, Tensor]:
+    """What `read_header` gives, of a header's bytes and the `size` of the whole file."""
+    length = len(text)
     try:
         entries = json.loads(text, object_pairs_hook=_no_twice)
     except (ValueError, RecursionError) as wrong:

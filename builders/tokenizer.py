@@ -118,7 +118,7 @@ def locate(source: str | Path) -> Path:
             f"the folder {path} holds no {FILE}" + (f" and {len(packed)} GGUF files" if packed else ""),
             hint=f"pass a folder that holds {FILE}, or the file itself",
         )
-    if HUB_NAME.fullmatch(str(source)):
+    if HUB_NAME.fullmatch(str(source)) and path.name != FILE:  # that a folder here lacks it is no question for the hub
         return _fetch(str(source))
     raise TokenizerError(
         f"the tokenizer {str(source)!r} does not exist", hint="pass a file, a folder, or a hub name org/name"

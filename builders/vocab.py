@@ -52,8 +52,8 @@ def normalizer() -> normalizers.Normalizer:
     )
 
 
-def compress_vocabulary(tokenizer: Tokenizer) -> Compressed:
-    """Compress all ids 0 … get_vocab_size(with added tokens) - 1.
+def compress_vocabulary(tokenizer: Tokenizer, *, added: bool = True) -> Compressed:
+    """Compress all ids 0 … get_vocab_size(with added tokens) - 1; without `added`, those of added tokens stay raw.
 
     An id that decodes to a part of a UTF-8 sequence is keyed by its raw vocabulary string, not normalised; both kinds
     of key share one dictionary (a byte's raw string may be a real character's key). A text that normalises to nothing
@@ -68,8 +68,9 @@ def compress_vocabulary(tokenizer: Tokenizer) -> Compressed:
         raw.append(token)
     normal_form = normalizer().normalize_str
     numbers: dict[str, int] = {}
-    token_map = np.empty(size, dtype=np.int64)
-    texts = tokenizer.decode_batch([[i] for i in range(size)], skip_special_tokens=False)
+    token_map = np.arange(size, dtype=np.int64)
+    mapped = size if added else tokenizer.get_vocab_size(with_added_tokens=False)
+    texts = tokenizer.decode_batch([[i] for i in range(mapped)], skip_special_tokens=False)
     for i, text in enumerate(texts):
         if "\ufffd" in text:
             key = raw[i]

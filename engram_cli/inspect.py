@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,20 +11,21 @@ from engram.cli.sizes import show_bytes
 
 
 def inspect(
-    path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A checkpoint or package of ours, a published checkpoint, or a GGUF.")
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH|NAME",
+            help="A checkpoint or package of ours, a published checkpoint, or a GGUF; where no such path is, a hub name"
+            " (ORG/NAME[@REVISION][/FILE.gguf]) or an https:// URL, read without a download.",
+        ),
     ],
     json: options.Json = False,
 ) -> None:
     """Say what a checkpoint or package holds, from headers alone, and what its quality gate found."""
-    if path.suffix == ".gguf" or (path / "config.json").is_file() and not (path / "engram.json").is_file():
-        from engram.quantize.inspect_published import inspect_published
+    from engram.cli.progress import on_screen
+    from engram.quantize.inspect_any import inspect_any
 
-        result = inspect_published(path)
-    else:
-        from engram.quantize.inspect import inspect as inspect_own
-
-        result = inspect_own(path)
+    result = inspect_any(str(name), on_screen())
     if json:
         return ui.emit(result)
     rows = [
@@ -48,7 +48,10 @@ def inspect(
 def other_words(result: dict[str, Any]) -> list[str]:
     """Of a published checkpoint: where its tables lie, and what else is there."""
     words = [f"tables in: {', '.join(result['table_files']) or 'no file that is here'}"]
-    words.append(f"besides: {result['other']['tensors']:,} tensors, {show_bytes(result['other']['bytes'])}")
+    size = result["other"]["bytes"]
+    words.append(f"besides: {result['other']['tensors']:,} tensors" + ("" if size is None else f", {show_bytes(size)}"))
+    if "source" in result:
+        words.append(f"read from headers: {result['source']}")
     if result["missing_files"]:
         words.append(f"not here: {', '.join(result['missing_files'])}")
     return words
@@ -56,6 +59,8 @@ def other_words(result: dict[str, Any]) -> list[str]:
 
 def backbone_words(backbone: dict[str, Any]) -> str:
     """Type, size and place in a line."""
+    if backbone["kind"] == "none":
+        return "backbone: none, these are the tables of a published model alone"
     stored = backbone["type"] + ("" if backbone["type"] == backbone["dtype"] else f", computed in {backbone['dtype']}")
     size = f", {show_bytes(backbone['bytes'])}" if "bytes" in backbone else ", its files are not here"
     place = "in this folder" if backbone["kind"] == "embedded" else f"at {backbone['path']}"

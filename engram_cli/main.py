@@ -25,6 +25,7 @@ try:
         export,
         fill,
         inspect,
+        plan,
         quantize,
         recipe,
         run,
@@ -73,6 +74,7 @@ app.command("convert")(convert.convert)
 app.command("quantize")(quantize.quantize)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
+app.command("plan")(plan.plan)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
 app.command("serve")(serve.serve)

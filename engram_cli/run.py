@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -13,6 +14,14 @@ from engram.cli.sizes import parse_size, show_bytes
 
 if TYPE_CHECKING:
     from engram.runtime.generate import RunConfig
+
+
+class Engine(StrEnum):
+    """What computes the backbone."""
+
+    auto = "auto"
+    torch = "torch"
+    llama = "llama"
 
 
 def run(
@@ -27,6 +36,9 @@ def run(
     ] = None,
     verify: options.Verification = options.Verify.first_touch,
     table_io: options.RowIo = options.TableIo.auto,
+    engine: Annotated[
+        Engine, typer.Option(help="What computes the backbone; auto takes llama.cpp for a GGUF, where it is installed.")
+    ] = Engine.auto,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to write at most.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(metavar="T", help="0 takes the likeliest token.", min=0.0)] = 0.0,
     top_p: Annotated[
@@ -53,6 +65,7 @@ def run(
         chat=chat,
         verify=verify.value,
         table_io=table_io.value,
+        engine=engine.value,
     )
     if prompt is None:
         return _converse(config)
@@ -90,5 +103,5 @@ def _figures(result: dict[str, Any]) -> None:
         f"prefill {result['prefill_tokens_per_second']:,.1f} tokens/s, decode"
         f" {result['decode_tokens_per_second']:,.1f} tokens/s, {result['rows_read']:,} rows"
         f" ({show_bytes(result['bytes_read'])}) read, {show_bytes(result['peak_rss_bytes'])} resident at most,"
-        f" rows: {result['row_io']}, {result['kernels']}"
+        f" backbone: {result['engine']}, rows: {result['row_io']}, {result['kernels']}"
     )

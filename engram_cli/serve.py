@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from engram.cli import options, progress, ui
+from engram.cli.run import Engine
 from engram.cli.sizes import parse_size
 
 
@@ -21,6 +22,9 @@ def serve(
     queue: Annotated[
         int, typer.Option(metavar="N", help="Requests that may wait; one more is answered 429.", min=0)
     ] = 16,
+    context: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of one request, prompt and answer; the model's own at most.", min=1)
+    ] = 4096,
     api_key: Annotated[
         Optional[str],
         typer.Option(metavar="KEY", envvar="ENGRAM_API_KEY", help="Ask for this key; better set in the environment."),
@@ -37,6 +41,9 @@ def serve(
     ] = None,
     verify: options.Verification = options.Verify.first_touch,
     table_io: options.RowIo = options.TableIo.auto,
+    engine: Annotated[
+        Engine, typer.Option(help="What computes the backbone; auto takes llama.cpp for a GGUF, where it is installed.")
+    ] = Engine.auto,
 ) -> None:
     """Serve a package: OpenAI's interface at /v1, a page at /, until Ctrl-C."""
     from engram.runtime.server import ServeConfig
@@ -48,6 +55,7 @@ def serve(
         port=port,
         slots=slots,
         queue=queue,
+        context=context,
         api_key=api_key,
         timeout=timeout,
         grace=grace,
@@ -55,6 +63,7 @@ def serve(
         table_cache=None if table_cache is None else parse_size(table_cache),
         verify=verify.value,
         table_io=table_io.value,
+        engine=engine.value,
     )
     totals = work(config, progress.on_screen())
     ui.say(f"served {totals['generated_tokens']:,.0f} tokens, {totals['rows_read']:,.0f} rows read")

@@ -22,6 +22,11 @@ def verify(
     from engram.quantize.verify import verify_package
 
     result = verify_package(package, progress.on_screen(), against=against)
-    ui.report(result, json, title=str(package))
+    if json:
+        ui.emit(result)
+    else:
+        ui.report({"ok": result["ok"], "checked": result["checked"]}, False, title=str(package))
+        for problem in result["problems"]:
+            print(ui.printable(f"  - {problem}"))
     if not result["ok"]:
         raise typer.Exit(1)

@@ -1,6 +1,6 @@
 """The C++ extension; arguments are NumPy arrays, positions as in kernels/cpu.py and quantize/mapped.py."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -128,3 +128,13 @@ def gate_step(
     inputs: NDArray[Any] | None,
     /,
 ) -> None: ...
+
+class EvalFilter:
+    def __init__(self, name_of: int, names: Sequence[str], hit: Callable[[int, int], object]) -> None: ...
+    @property
+    def callback(self) -> int: ...
+    @property
+    def user_data(self) -> int: ...
+    @property
+    def asked(self) -> int: ...
+    def take_error(self) -> BaseException | None: ...

@@ -16,10 +16,10 @@ from typing import Any
 from engram import EngramError, Progress, __version__
 from engram.builders.atomic import resumable_folder, sync_tree
 from engram.builders.backbone import BackboneRef
-from engram.builders.checkpoint import TOKENIZER_FILES, table_file
+from engram.builders.checkpoint import MANIFEST, TOKENIZER_FILES, table_file
 from engram.builders.families.family import Published
 from engram.builders.families.known import find_published
-from engram.builders.families.layouts import COMPRESSING, layout_of
+from engram.builders.families.layouts import compresses, layout_of
 from engram.builders.fetch import hash_file
 from engram.builders.layout import Layout
 from engram.builders.process_memory import resident_bytes
@@ -68,6 +68,14 @@ def convert(config: ConvertConfig, progress: Progress | None = None) -> dict[str
     begin = time.monotonic()
     progress = progress or Progress()
     check_target(config.source, config.out, force=config.force, error=ConvertError)
+    if not config.source.exists():
+        raise ConvertError(
+            f"{config.source} does not exist", hint="fetch the checkpoint first: the shards that `engram inspect` names"
+        )
+    if (config.source / MANIFEST).is_file():
+        raise ConvertError(
+            f"{config.source} is an artifact of ours already", hint="engram quantize and engram export take those"
+        )
     if config.in_place and config.tables is not None:
         raise ConvertError("rows that stay in place keep their codec", hint="leave out --tables, or --in-place")
     codec = None if config.tables is None else find_codec(config.tables)
@@ -200,11 +208,11 @@ def _finish(
     """What is small: token map, tokenizer, the rest of the memory, and the manifest."""
     layout.save_map(folder)
     names = [TOKEN_MAP] if layout.token_map is not None else []
-    home = config.source if config.source.is_dir() else config.source.parent
-    if config.tokenizer is not None or found.dialect in COMPRESSING or (home / TOKENIZER_FILES[0]).is_file():
+    own = config.source / TOKENIZER_FILES[0]  # what lies beside a GGUF may be anything's
+    if config.tokenizer is not None or compresses(found) or own.is_file():
         from engram.builders.tokenizer import save_tokenizer
 
-        save_tokenizer(config.tokenizer or home, folder)
+        save_tokenizer(config.tokenizer or config.source, folder)
         names += [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     names += keep_source(config.source, folder / SOURCE, found, files)
     sync_tree(folder)

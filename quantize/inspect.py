@@ -50,6 +50,8 @@ def inspect(folder: Path) -> dict[str, Any]:
         "vocab_size": layout.vocab_size, "rejected": False,
     }  # fmt: skip
     result["backbone"] = _backbone(folder, manifest.at("backbone"), _noted(manifest, "backbone_quantized"))
+    if result["backbone"]["kind"] == "none":
+        result["family"] = result["backbone"]["path"]
     quality, plans = _noted(manifest, "quality"), _noted(manifest, "plans")
     if quality is not None:
         quality.check(_QUALITY)

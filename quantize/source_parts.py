@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engram.builders.families.config import NAME as CONFIG
+from engram.builders.families.config import OWN_NAME
 from engram.builders.families.family import Published
 from engram.builders.tensor_files import Tensor, TensorFiles
 
@@ -54,8 +55,10 @@ def keep_source(source: Path, folder: Path, found: Published, files: TensorFiles
     if source.suffix == ".gguf":
         return []
     folder.mkdir(exist_ok=True)
-    config = (source if source.is_dir() else source.parent) / CONFIG
-    (folder / CONFIG).write_bytes(config.read_bytes())
+    place = source if source.is_dir() else source.parent
+    for name in (CONFIG, OWN_NAME):
+        if (place / name).is_file():
+            (folder / name).write_bytes((place / name).read_bytes())
     tensors = dense_tensors(found)
     names = {tensor: name for name, tensor in files.tensors.items()}
     if tensors:

@@ -92,9 +92,11 @@ def _source_problems(
 ) -> Iterator[str]:
     """Where a package differs from the published checkpoint that it was converted from."""
     found, files = find_published(source)
+    if found.family != (family := read_sealed(folder)["origin"].get("family")):
+        yield f"{source} is of family {found.family}, {folder} was converted from {family or 'none'}"
+        return
     own = folder / TOKENIZER_FILES[0]
-    there = source if source.is_dir() else source.parent
-    tokenizer = None if (there / TOKENIZER_FILES[0]).is_file() or not own.is_file() else own
+    tokenizer = None if (source / TOKENIZER_FILES[0]).is_file() or not own.is_file() else own
     with open_package(folder) as package:
         said, here = layout_of(found, source, tokenizer).to_json(), package.layout.to_json()
         for name in said:

@@ -92,11 +92,7 @@ class Model:
         placement does not fit, EngineError for a `table_io` with tables that lie in memory, HotRowsError where the hot
         rows are another table's.
         """
-        if table_io != "auto" and offload != "disk":
-            raise EngineError(
-                f"table_io {table_io!r} says how rows are read from the disk, with offload {offload!r} none are",
-                hint="leave --table-io out, or use --offload disk",
-            )
+        check_table_io(table_io, offload)
         package = open_package(folder, verify=verify, io=table_io)
         try:
             most = None if cache_bytes is None else cache_bytes // 2
@@ -105,6 +101,8 @@ class Model:
         except BaseException:
             package.close()
             raise
+
+    engine = "torch"
 
     @property
     def context(self) -> int:
@@ -153,6 +151,11 @@ class Session:
         """The tokens so far."""
         found: list[int] = self.line.ids_BS[0].tolist()
         return found
+
+    @property
+    def length(self) -> int:
+        """Positions so far."""
+        return self.line.length
 
     def ask(self, ids: list[int]) -> None:
         """Ask for the rows of tokens that will be fed next: call it the moment they are known."""
@@ -203,6 +206,15 @@ class Session:
     def fork(self) -> Session:
         """An independent continuation of the same prefix."""
         return Session(self.model, self.line.fork())
+
+
+def check_table_io(table_io: str, offload: str) -> None:
+    """EngineError for a way to read rows from the disk where none are."""
+    if table_io != "auto" and offload != "disk":
+        raise EngineError(
+            f"table_io {table_io!r} says how rows are read from the disk, with offload {offload!r} none are",
+            hint="leave --table-io out, or use --offload disk",
+        )
 
 
 def probabilities(logits_V: Tensor, temperature: float, top_p: float) -> Tensor:

@@ -14,7 +14,13 @@ from torch import Tensor
 from engram import Progress
 from engram.builders.process_memory import resident_bytes
 from engram.kernels import dispatch
-from engram.runtime.engine import EngineError, Model, Session, probabilities
+from engram.quantize.package import open_package
+from engram.runtime.engine import EngineError, Model, Session, check_table_io, probabilities
+from engram.runtime.llama import LlamaSlots
+from engram.runtime.llama_hook import LlamaError, library
+from engram.runtime.slots import OneSlot
+
+ENGINES = ("auto", "torch", "llama")
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class RunConfig:
     dtype: str | None = None
     verify: str = "first-touch"
     table_io: str = "auto"
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing."""
@@ -40,6 +47,8 @@ class RunConfig:
             raise EngineError(f"max_tokens {self.max_tokens} must be at least 1")
         if self.temperature < 0:
             raise EngineError(f"temperature {self.temperature} must not be negative")
+        if self.engine not in ENGINES:
+            raise EngineError(f"engine {self.engine!r} is not known", hint="use one of: " + ", ".join(ENGINES))
         if not 0 < self.top_p <= 1:
             raise EngineError(f"top_p {self.top_p} must be above 0 and at most 1")
 
@@ -59,7 +68,7 @@ class Sampler:
         return int(torch.multinomial(weights, 1, generator=self._generator))
 
 
-def generate(session: Session, ids: list[int], sampler: Sampler, max_tokens: int) -> Iterator[int]:
+def generate(session: Session | OneSlot, ids: list[int], sampler: Sampler, max_tokens: int) -> Iterator[int]:
     """Feed `ids`, then yield sampled tokens up to `max_tokens` or a stop token (not yielded).
 
     The rows of a token are asked for the moment it is sampled.
@@ -70,7 +79,7 @@ def generate(session: Session, ids: list[int], sampler: Sampler, max_tokens: int
         token = sampler.pick(logits)
         if token in stops:
             return
-        more = step + 1 < max_tokens and session.line.length + 1 <= session.model.context
+        more = step + 1 < max_tokens and session.length + 1 <= session.model.context
         if more:
             session.ask([token])
         yield token
@@ -102,9 +111,9 @@ def render_chat(tokenizer: Any, special: dict[str, Any], messages: list[dict[str
 class Conversation:
     """A model and one session: single prompts, or turns of a chat that reuse what they share."""
 
-    def __init__(self, model: Model, config: RunConfig) -> None:
+    def __init__(self, model: Model | LlamaSlots, config: RunConfig) -> None:
         self.model, self.config = model, config
-        self.session = model.session()
+        self.session: Session | OneSlot = model.session()
         self._messages: list[dict[str, str]] = []
 
     def complete(self, prompt: str, on_text: Callable[[str], None]) -> dict[str, Any]:
@@ -147,7 +156,8 @@ class Conversation:
             "text": "".join(pieces), "token_ids": tokens, "prompt_tokens": len(ids), "prefilled_tokens": len(fed),
             "prefill_tokens_per_second": len(fed) / max(first - begin, 1e-9),
             "decode_tokens_per_second": max(0, len(tokens) - 1) / max(end - first, 1e-9),
-            "offload": self.config.offload, "row_io": self.model.reader.row_io, "kernels": dispatch.name(),
+            "engine": self.model.engine, "offload": self.config.offload, "row_io": self.model.reader.row_io,
+            "kernels": dispatch.name(),
             "table_bytes": self.model.reader.table_bytes,
             "table_resident_bytes": self.model.reader.resident_bytes(),
             **{name: after[name] - before[name] for name in after}, **resident_bytes(),
@@ -155,17 +165,54 @@ class Conversation:
 
 
 def open_session(config: RunConfig, progress: Progress | None = None) -> Conversation:
-    """Open a package for a chat."""
-    with (progress or Progress()).task(f"open {config.package.name}"):
-        model = Model.open(
-            config.package,
-            offload=config.offload,
-            cache_bytes=config.table_cache,
-            dtype=config.dtype,
-            verify=config.verify,
-            table_io=config.table_io,
-        )
-    return Conversation(model, config)
+    """Open a package for a chat: a GGUF backbone through llama.cpp where that is installed, any other through torch.
+
+    An engine that was asked for by name and cannot be had is an error; where llama.cpp cannot be had, that is said.
+    """
+    progress = progress or Progress()
+    engine = choose_engine(config, progress)
+    with progress.task(f"open {config.package.name}"):
+        if engine == "llama":
+            return Conversation(open_llama(config), config)
+        return Conversation(open_torch(config), config)
+
+
+def choose_engine(config: RunConfig, progress: Progress) -> str:
+    """The engine asked for by name, else the one that a package's backbone asks for: torch or llama."""
+    if config.engine != "auto":
+        return config.engine
+    package = open_package(config.package, verify="off")
+    try:
+        place = package.backbone.place(package.folder)
+    finally:
+        package.close()
+    if place is None or place.suffix != ".gguf":
+        return "torch"
+    try:
+        library()
+    except LlamaError as wrong:
+        progress.say(f"backbone through torch, dequantized: {wrong}")
+        return "torch"
+    return "llama"
+
+
+def open_torch(config: RunConfig) -> Model:
+    """The package's backbone through torch."""
+    return Model.open(
+        config.package, offload=config.offload, cache_bytes=config.table_cache, dtype=config.dtype,
+        verify=config.verify, table_io=config.table_io,
+    )  # fmt: skip
+
+
+def open_llama(config: RunConfig, **options: int) -> LlamaSlots:
+    """The package's backbone through llama.cpp; `options` are LlamaSlots'. EngineError for what is torch's."""
+    if config.dtype is not None:
+        raise EngineError(f"dtype {config.dtype!r} is torch's: llama.cpp computes as the GGUF is stored")
+    check_table_io(config.table_io, config.offload)
+    return LlamaSlots.open(
+        config.package, offload=config.offload, cache_bytes=config.table_cache, verify=config.verify,
+        table_io=config.table_io, **options,
+    )  # fmt: skip
 
 
 def run(config: RunConfig, on_text: Callable[[str], None], progress: Progress | None = None) -> dict[str, Any]:

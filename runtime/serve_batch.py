@@ -294,12 +294,14 @@ class Batcher:
         opened = {layer: np.concatenate(parts) for layer, parts in self._opened.get(job.slot, {}).items()}
         if job.reading:
             job.fed += feed.ids
-            for layer, part in opened.items():
-                job.opened.setdefault(layer, []).append(part)
+            for layer, part in opened.items():  # of the last norm maybe only the last: the others are not known
+                unknown = np.full(len(feed.ids) - len(part), np.nan, dtype=np.float32)
+                job.opened.setdefault(layer, []).append(np.concatenate([unknown, part]))
             if not job.todo:
+                first = len(job.ids) - len(job.fed)
                 gates = {layer: np.concatenate(parts).tolist() for layer, parts in job.opened.items()}
                 job.opened = {}
-                job.send(Prompt(job.ids, len(job.ids) - len(job.fed), gates))
+                job.send(Prompt(job.ids, first, gates))
         elif job.held is not None and not job.todo:
             job.held.gates = {layer: float(part[-1]) for layer, part in opened.items()}
             job.send(job.held)

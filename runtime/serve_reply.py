@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from math import isnan
 from typing import Any
 
 from engram.runtime.serve_explain import Explainer
@@ -34,7 +35,8 @@ class Reply:
         """Gates of the prompt: an object that only who asked for gates gets."""
         keep, notes = self._explainer.context, []
         for place in range(prompt.first, len(prompt.ids)):
-            gates = {layer: values[place - prompt.first] for layer, values in prompt.gates.items()}
+            here = {layer: values[place - prompt.first] for layer, values in prompt.gates.items()}
+            gates = {layer: value for layer, value in here.items() if not isnan(value)}
             notes.append(self._explainer.token(prompt.ids[max(0, place + 1 - keep) : place + 1], gates))
         self._notes.append({"prompt": notes, "reused": prompt.first})
         return [{**self._base, "choices": [], "engram": self._notes[-1]}]

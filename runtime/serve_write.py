@@ -37,7 +37,7 @@ class Written:
 
 @dataclass
 class Prompt:
-    """How far the gates opened at the prompt's tokens from `first` on, by layer."""
+    """How far the gates opened at the prompt's tokens from `first` on, by layer; NaN where that is not known."""
 
     ids: list[int]
     first: int

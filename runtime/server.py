@@ -20,8 +20,7 @@ import uvicorn
 
 from engram import EngramError, Progress
 from engram.quantize.package import open_package
-from engram.runtime.engine import Model
-from engram.runtime.generate import render_chat
+from engram.runtime.generate import RunConfig, choose_engine, open_llama, open_torch, render_chat
 from engram.runtime.serve_batch import Batcher, Event, Job
 from engram.runtime.serve_explain import Explainer
 from engram.runtime.serve_http import LOOPBACK, Door, Exchange, Gone, Message, Receive, Send
@@ -48,6 +47,7 @@ class ServeConfig:
     port: int = 8080  # 0: any that is free
     slots: int = 4
     queue: int = 16
+    context: int = 4096  # positions of one slot; the model's own at most
     api_key: str | None = None
     timeout: float = 600.0  # seconds of one request, waiting included
     grace: float = 30.0  # seconds to finish running requests in when the server is stopped
@@ -57,6 +57,7 @@ class ServeConfig:
     dtype: str | None = None
     verify: str = "first-touch"
     table_io: str = "auto"
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what would be open to everybody: a line of warning is not read by those it concerns."""
@@ -292,13 +293,15 @@ async def listen(app: App, listening: socket.socket, stop: asyncio.Event, hurry:
     waiting.cancel()
 
 
-def open_slots(config: ServeConfig) -> Slots:
+def open_slots(config: ServeConfig, progress: Progress) -> Slots:
     """The package's model, ready for several timelines."""
-    model = Model.open(
-        config.package, offload=config.offload, cache_bytes=config.table_cache, dtype=config.dtype,
-        verify=config.verify, table_io=config.table_io,
+    wish = RunConfig(
+        config.package, offload=config.offload, table_cache=config.table_cache, dtype=config.dtype,
+        verify=config.verify, table_io=config.table_io, engine=config.engine,
     )  # fmt: skip
-    return TorchSlots(model, config.slots)
+    if choose_engine(wish, progress) == "llama":
+        return open_llama(wish, count=config.slots, context=config.context)
+    return TorchSlots(open_torch(wish), config.slots, config.context)
 
 
 def serve(config: ServeConfig, progress: Progress | None = None) -> dict[str, Any]:
@@ -307,7 +310,7 @@ def serve(config: ServeConfig, progress: Progress | None = None) -> dict[str, An
     listening = bound(config.host, config.port)
     with listening:
         with progress.task(f"open {config.package.name}"):
-            slots = open_slots(config)
+            slots = open_slots(config, progress)
         with open_package(config.package, verify="off") as package:
             name = config.package.resolve().name
             app = App(slots, Explainer(package, slots.tokenizer), name, config, progress)

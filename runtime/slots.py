@@ -1,4 +1,4 @@
-"""Several timelines over one model: what serving and running need of a backbone, whoever computes it."""
+"""Several timelines of tokens over one model: what generation and the server know of an engine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+Watch = Callable[[int, int, NDArray[np.float32]], None]  # slot, layer, how far the gate opens [T, M]
+
 
 @dataclass(frozen=True)
 class Feed:
@@ -20,16 +22,16 @@ class Feed:
 
 
 class Slots(Protocol):
-    """Several timelines over one model; one thread at a time may call it."""
+    """Timelines 0 … count - 1 over one model. One thread at a time may call it."""
 
-    count: int  # slots that there are
+    count: int
     context: int  # positions of one slot
     tokenizer: Any  # tokenizers.Tokenizer
     special: dict[str, Any]  # as builders.tokenizer.special_tokens
-    watch: Callable[[int, int, NDArray[np.float32]], None] | None  # (slot, layer, how far the gate opens [T, M])
+    watch: Watch | None  # told of every gate as it opens; of the last norm's, maybe only where logits are wanted
 
     def begin(self) -> list[int]:
-        """What a text begins with: bos or nothing."""
+        """What a text begins with: bos where the tokenizer asks for one."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens added."""
@@ -38,19 +40,49 @@ class Slots(Protocol):
         """Token ids that end a text."""
 
     def length(self, slot: int) -> int:
-        """Positions of a slot so far."""
+        """Positions so far."""
 
     def reuse(self, slot: int, ids: list[int]) -> list[int]:
-        """Roll back to the longest prefix shared with `ids`; the rest, at least one, to feed."""
+        """Roll back to the longest prefix shared with `ids` (at least one token is left to feed); the rest."""
 
     def ask(self, feeds: Sequence[Feed]) -> None:
-        """Rows of these may be read from now on: a hint."""
+        """Rows of tokens that will be fed next may be read from now on."""
 
     def step(self, feeds: Sequence[Feed]) -> list[Tensor]:
-        """Float32 logits [vocabulary] after the last id of each feed. Where it raises, the slots fed are empty."""
+        """Feed tokens; float32 logits [vocabulary] after the last one of each.
+
+        After an error `reuse` rolls each of these slots back to a state that is whole.
+        """
 
     def counters(self) -> dict[str, int]:
-        """Rows and bytes read so far, as RowReader.counters."""
+        """Rows and bytes read so far."""
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Let go of model and tables."""
+
+
+class OneSlot:
+    """A slot as generation sees a session: one mutable timeline of tokens."""
+
+    def __init__(self, model: Any, slot: int = 0) -> None:
+        self.model, self.slot = model, slot
+
+    @property
+    def length(self) -> int:
+        """Positions so far."""
+        found: int = self.model.length(self.slot)
+        return found
+
+    def ask(self, ids: list[int]) -> None:
+        """Rows of tokens that will be fed next: call it the moment they are known."""
+        self.model.ask([Feed(self.slot, ids)])
+
+    def feed(self, ids: list[int]) -> Tensor:
+        """Feed tokens; float32 logits [vocabulary] after the last."""
+        found: Tensor = self.model.step([Feed(self.slot, ids)])[0]
+        return found
+
+    def reuse(self, ids: list[int]) -> list[int]:
+        """Roll back to the longest prefix shared with `ids` (at least one token is left to feed); the rest."""
+        found: list[int] = self.model.reuse(self.slot, ids)
+        return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,16 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engram.runtime.engine import Model, Session
-from engram.runtime.slots import Feed
-
-Watch = Callable[[int, int, NDArray[np.float32]], None]
+from engram.runtime.slots import Feed, Watch
 
 
 class TorchSlots:
-    """`count` timelines over one model."""
+    """`count` timelines of at most `context` positions over one model."""
 
-    def __init__(self, model: Model, count: int) -> None:
-        self.model, self.count, self.context = model, count, model.context
+    def __init__(self, model: Model, count: int, context: int = 1 << 30) -> None:
+        self.model, self.count, self.context = model, count, min(context, model.context)
         self.tokenizer, self.special = model.tokenizer, model.special
         self.watch: Watch | None = None
         self._sessions: list[Session] = [model.session() for _ in range(count)]
@@ -76,7 +74,7 @@ class TorchSlots:
             self._sessions[feed.slot].ask(feed.ids)
 
     def step(self, feeds: Sequence[Feed]) -> list[Tensor]:
-        """Float32 logits [vocabulary] after the last id of each feed. Where it raises, the slots fed are empty."""
+        """Float32 logits [vocabulary] after the last id of each feed; where it raises, the slots fed are empty."""
         found = []
         try:
             for feed in feeds:

@@ -114,7 +114,7 @@ def _block(block: int, wide: int) -> dict[str, tuple[int, ...]]:
 class Rows:
     """Runs a model of `write_model` up to its memory: token ids [T] to row numbers [T, C]."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
+    def __init__(self, path: Path, layout: Layout, lazy: bool = False) -> None:
         self._columns, self._width, self._seen = layout.columns, layout.head_dim, np.empty(0)
         library = llama_cpp.llama_cpp._lib
         self._name = library.ggml_get_name
@@ -128,6 +128,8 @@ class Rows:
         llama_cpp.llama_backend_init()
         of_model = llama_cpp.llama_model_default_params()
         of_model.n_gpu_layers = 0
+        if lazy:
+            of_model.lazy_mode = llama_cpp.LLAMA_LAZY_MODE_ON
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), of_model)
         assert self._model, "llama.cpp refuses the model"
         params = llama_cpp.llama_context_default_params()
@@ -149,12 +151,16 @@ class Rows:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
+        return self.memory(ids)[..., 0].astype(np.int64)
+
+    def memory(self, ids: np.ndarray) -> np.ndarray:
+        """What is gathered: float32 [T, C, D]."""
         tokens = np.ascontiguousarray(ids, dtype=np.int32)
         start = tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         self._seen = np.empty(0)
         status = llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(start, len(tokens)))
         assert status == 0 and self._seen.size, f"llama_decode returned {status}"
-        return self._seen.reshape(len(ids), self._columns, self._width)[..., 0].astype(np.int64)
+        return self._seen.reshape(len(ids), self._columns, self._width)
 
     def close(self) -> None:
         llama_cpp.llama_free(self._context)
@@ -165,9 +171,9 @@ _quiet = llama_cpp.llama_log_callback(lambda level, text, _: None)
 
 
 @contextmanager
-def rows_of(path: Path, layout: Layout) -> Iterator[Rows]:
-    """A model that is let go of at the end."""
-    rows = Rows(path, layout)
+def rows_of(path: Path, layout: Layout, lazy: bool = False) -> Iterator[Rows]:
+    """A model that is let go of at the end; `lazy`: it reads rows when they are asked for."""
+    rows = Rows(path, layout, lazy)
     try:
         yield rows
     finally:

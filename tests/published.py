@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import struct
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+Tensors = dict[str, tuple[str, list[int]]]  # name → dtype and shape
+Change = Callable[[dict[str, Any], Tensors], Any]
+FAULTS_OF_TENSORS = ("gone", "renamed", "one more", "flat", "no rows", "dtype")
 V41_CONFIG = {
     "model_type": "deepseek_v41",
     "text_config": {
@@ -19,7 +24,13 @@ V41_CONFIG = {
         "image_token_id": 129264, "rms_norm_eps": 1e-20, "num_hidden_layers": 40,
     },
 }  # fmt: skip
-BITS = {"F8_E4M3": 8, "F8_E8M0": 8, "BF16": 16, "F32": 32, "I64": 64}
+DEMO_CONFIG = {  # the demo's EngramConfig and BackBoneConfig in miniature
+    "model_type": "engram", "tokenizer_name_or_path": "deepseek-ai/DeepSeek-V3", "engram_vocab_size": [60, 40],
+    "max_ngram_size": 3, "n_embed_per_ngram": 16, "n_head_per_ngram": 2, "layer_ids": [3, 1], "pad_id": 2, "seed": 0,
+    "kernel_size": 4, "hidden_size": 8, "hc_mult": 2, "vocab_size": 12,
+}  # fmt: skip
+WORDS = ["a", "A", "b", "c", "the", "The", "cat", "Cat", "x", "y", "<img>", "z"]  # nine compressed ids
+BITS = {"F8_E4M3": 8, "F8_E8M0": 8, "BF16": 16, "F16": 16, "F32": 32, "I64": 64}
 
 
 def write_qwen4_exp(folder: Path) -> Any:
@@ -127,6 +138,8 @@ def write_qwen4exp_gguf(path: Path, kind: str = "Q4_0", **changes: Any) -> np.nd
     """The memory of a qwen4exp GGUF, as llama.cpp reads it: keys and table, nothing of the backbone; the rows."""
     import gguf
 
+    from engram.kernels.codecs import find_codec
+
     sizes, width = (53, 59, 61, 67), 32
     values: dict[str, Any] = {
         "layers": [1], "ngram_size": 3, "heads_per_ngram": 2, "conv_kernel": 4, "eos_token_id": 9,
@@ -140,7 +153,7 @@ def write_qwen4exp_gguf(path: Path, kind: str = "Q4_0", **changes: Any) -> np.nd
         writer.add_array(key, value) if isinstance(value, list) else writer.add_uint32(key, value)
     rows = np.random.default_rng(0).normal(size=(sum(sizes), width)).astype(np.float32)
     dtype = gguf.GGMLQuantizationType[kind]
-    stored = gguf.quants.quantize(rows, dtype)
+    stored = find_codec("iq4_nl").encode(rows) if kind == "IQ4_NL" else gguf.quants.quantize(rows, dtype)
     writer.add_tensor("per_layer_token_embd.weight", stored, raw_dtype=dtype)
     writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
     writer.write_header_to_file()
@@ -150,27 +163,26 @@ def write_qwen4exp_gguf(path: Path, kind: str = "Q4_0", **changes: Any) -> np.nd
     return stored
 
 
-def write_small_v41(folder: Path, base: int = 60, layers: tuple[int, ...] = (1, 3), seed: int = 0) -> dict[str, Any]:
+def write_small_v41(
+    folder: Path, base: int = 60, layers: tuple[int, ...] = (1, 3), seed: int = 0, heads: int = 2, orders: int = 2,
+    width: int = 64,
+) -> dict[str, Any]:  # fmt: skip
     """DeepSeek-V4.1's layout in miniature, with real bytes, a tokenizer and one shard a layer; all arrays."""
     import torch
     from safetensors.torch import save_file as save
-    from tokenizers import Tokenizer, models
 
     from engram.builders.hash_constants import prime_moduli
 
     folder.mkdir(parents=True)
-    words = ["a", "A", "b", "c", "the", "The", "cat", "Cat", "x", "y", "<img>", "z"]
-    Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a")).save(
-        str(folder / "tokenizer.json")
-    )
-    heads, orders, width, hidden, streams = 2, 2, 64, 16, 2
+    write_words(folder)
+    hidden, streams = 16, 2
     primes = prime_moduli(list(layers), [base] * orders, heads)
     rows = {layer: sum(map(sum, primes[layer])) for layer in layers}
     text = {
-        "engram_layer_ids": list(layers), "engram_num_embeddings": list(rows.values()), "engram_max_ngram_size": 3,
-        "engram_vocab_size": base, "engram_n_heads": heads, "engram_head_dim": width, "engram_pad_id": 2,
-        "engram_compressed_vocab_size": 9, "hidden_size": hidden, "hc_mult": streams, "vocab_size": len(words),
-        "image_token_id": 10,
+        "engram_layer_ids": list(layers), "engram_num_embeddings": list(rows.values()),
+        "engram_max_ngram_size": orders + 1, "engram_vocab_size": base, "engram_n_heads": heads,
+        "engram_head_dim": width, "engram_pad_id": 2, "engram_compressed_vocab_size": 9, "hidden_size": hidden,
+        "hc_mult": streams, "vocab_size": len(WORDS), "image_token_id": 10,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v41", "text_config": text}))
     generator, arrays, weight_map = np.random.default_rng(seed), {}, {}
@@ -194,3 +206,117 @@ def write_small_v41(folder: Path, base: int = 60, layers: tuple[int, ...] = (1, 
     weight_map["model.norm.weight"] = last
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return arrays
+
+
+def write_words(folder: Path) -> None:
+    """A tokenizer of WORDS."""
+    from tokenizers import Tokenizer, models
+
+    words = {word: i for i, word in enumerate(WORDS)}
+    Tokenizer(models.WordLevel(words, unk_token="a")).save(str(folder / "tokenizer.json"))
+
+
+def demo_tensors(start: str, config: dict[str, Any] = DEMO_CONFIG) -> dict[str, tuple[str, list[int]]]:
+    """What the state_dict of the demo's memories holds, as the demo writes it; `start` has a place for the layer."""
+    from sympy import nextprime
+
+    heads, each = config["n_head_per_ngram"], config["n_embed_per_ngram"]
+    hidden, streams = config["hidden_size"], config["hc_mult"]
+    wide = each * len(config["engram_vocab_size"])
+    taken: set[int] = set()
+    tensors: dict[str, tuple[str, list[int]]] = {}
+    for layer in config["layer_ids"]:
+        moduli = []
+        for size in config["engram_vocab_size"]:
+            prime = size - 1
+            for _ in range(heads):
+                prime = nextprime(prime)
+                while prime in taken:
+                    prime = nextprime(prime)
+                taken.add(prime)
+                moduli.append(prime)
+        name = start.format(layer)
+        tensors |= {
+            name + "multi_head_embedding.offsets": ("I64", [len(moduli)]),
+            name + "multi_head_embedding.embedding.weight": ("F32", [sum(moduli), each // heads]),
+            name + "short_conv.conv.weight": ("F32", [hidden * streams, 1, config["kernel_size"]]),
+            name + "value_proj.weight": ("F32", [hidden, wide]), name + "value_proj.bias": ("F32", [hidden]),
+        }  # fmt: skip
+        for m in range(streams):
+            norms = ("norm1", "norm2", "short_conv.norms")
+            tensors |= {f"{name}{norm}.{m}.weight": ("F32", [hidden]) for norm in norms}
+            tensors[f"{name}key_projs.{m}.weight"] = ("F32", [hidden, wide])
+            tensors[f"{name}key_projs.{m}.bias"] = ("F32", [hidden])
+    return tensors
+
+
+def write_demo(folder: Path, start: str = "model.layers.{}.engram.", shards: bool = False) -> dict[str, np.ndarray]:
+    """The demo's memories with random numbers, true offsets and a tokenizer; all arrays. `shards`: one a layer."""
+    from sympy import prevprime
+
+    folder.mkdir(parents=True)
+    write_words(folder)
+    (folder / "config.json").write_text(json.dumps(DEMO_CONFIG))
+    generator = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {}
+    for name, (_, shape) in demo_tensors(start).items():
+        arrays[name] = generator.normal(size=shape).astype(np.float32)
+    moduli = {3: [61, 67, 41, 43], 1: [71, 73, 47, 53]}  # by hand: from 60 and from 40 on, none twice
+    for layer, primes in moduli.items():
+        assert all(prevprime(prime + 1) == prime for prime in primes)
+        name = start.format(layer) + "multi_head_embedding.offsets"
+        arrays[name] = np.cumsum([0, *primes[:-1]], dtype=np.int64)
+    arrays["model.norm.weight"] = np.ones(8, np.float32)
+    if not shards:
+        save_file(arrays, folder / "model.safetensors")
+        return arrays
+    weight_map = {name: f"layer-{1 if start.format(1) in name else 3}.safetensors" for name in arrays}
+    for shard in set(weight_map.values()):
+        save_file({name: arrays[name] for name in arrays if weight_map[name] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return arrays
+
+
+def write_zeros(folder: Path, config: dict[str, Any], tensors: Tensors, change: Change) -> Path:
+    """A checkpoint of zeros from a configuration and a list of tensors, both changed before."""
+    folder.mkdir()
+    config, tensors = json.loads(json.dumps(config)), dict(tensors)
+    change(config, tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_sparse(folder / "engram_adapters.safetensors", tensors)
+    return folder
+
+
+def alter(how: str, name: str) -> Change:
+    """One tensor gone, renamed, or of another shape or dtype."""
+
+    def change(config: dict[str, Any], tensors: Tensors) -> None:
+        dtype, shape = tensors.pop(name)
+        other = {
+            "renamed": (name[:-1], dtype, shape), "one more": (name, dtype, [*shape[:-1], shape[-1] + 1]),
+            "flat": (name, dtype, [*shape, 1]), "no rows": (name, dtype, [0, *shape[1:]]),
+            "dtype": (name, "F8_E4M3", shape),
+        }  # fmt: skip
+        if how != "gone":
+            tensors[other[how][0]] = other[how][1:]
+
+    return change
+
+
+def count_refusals(folder: Path) -> int:
+    """How many configurations with a value of another type or size are refused; none may crash or take long."""
+    from engram import EngramError
+    from engram.builders.families.known import find_published
+
+    values: list[Any] = [None, True, -1, 0, 1, 2**40, 2**70, 1.5, "x", [], [1], [-1], [2**70], {}, [[1]], float("inf")]
+    good, refused = json.loads((folder / "config.json").read_text()), 0
+    for key in good:
+        for value in values:
+            (folder / "config.json").write_text(json.dumps(good | {key: value}))
+            begin = time.process_time()
+            try:
+                find_published(folder)
+            except EngramError:
+                refused += 1
+            assert time.process_time() - begin < 5, (key, value)
+    return refused

@@ -190,14 +190,17 @@ def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     answer: dict[str, Any] = {"ok": True, "checked": {"files": 4}, "problems": []}
     worker, _, _ = call(monkeypatch, capsys, target, answer, "verify", "pkg", "--json")
     assert worker.config == Path("pkg")
-    monkeypatch.setattr(importlib.import_module("engram.quantize.verify"), "verify_package", Worker({"ok": False}))
+    monkeypatch.setattr(importlib.import_module("engram.quantize.verify"), "verify_package",
+                        Worker({"ok": False, "checked": {"files": 3}, "problems": ["one", "two"]}))
     with pytest.raises(SystemExit) as leaving:
         cli.main(["verify", "pkg"])
     assert leaving.value.code == 1
+    assert capsys.readouterr().out.endswith("  - one\n  - two\n")
 
 
 RAN = {"text": "streamed", "token_ids": [1], "prefill_tokens_per_second": 10.0, "decode_tokens_per_second": 5.0}
 RAN |= {"rows_read": 3, "bytes_read": 2000, "peak_rss_bytes": 5_000_000, "row_io": "mmap", "kernels": "cpp-avx2"}
+RAN |= {"engine": "torch"}
 
 
 def test_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,7 @@ from engram.quantize import convert as converting
 from engram.quantize.convert import ConvertConfig, ConvertError, convert
 from engram.quantize.foreign_rows import ForeignError
 from engram.quantize.inspect import inspect
+from engram.quantize.inspect_published import inspect_published
 from engram.quantize.package import ExportConfig, PackageError, export_package, open_package
 from engram.quantize.row_store import RowStoreError
 from engram.quantize.verify import verify_package
@@ -119,6 +120,7 @@ def test_every_row_is_the_sources(tmp_path: Path, family: str, in_place: bool) -
     assert {path: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
     told = inspect(tmp_path / "package")
     assert (told["kind"], told["backbone"]["kind"]) == ("package", "none")
+    assert told["family"] == inspect_published(tmp_path / "m")["family"]
     packed = sum(path.stat().st_size for path in (tmp_path / "package" / "tables").iterdir())
     assert in_place == (packed < sum(rows.nbytes for rows in expected.values()))
 
@@ -293,6 +295,16 @@ def test_verify_finds_what_differs_from_the_source(tmp_path: Path) -> None:
     assert "the multipliers of layer 1 are [" in problem
 
 
+def test_a_source_of_another_family_is_one_problem(tmp_path: Path) -> None:
+    longcat(tmp_path / "m")
+    v41(tmp_path / "other")
+    convert(ConvertConfig(tmp_path / "m", tmp_path / "package"))
+    verified = verify_package(tmp_path / "package", against=tmp_path / "other")
+    assert verified["problems"] == [
+        f"{tmp_path / 'other'} is of family deepseek_v41, {tmp_path / 'package'} was converted from longcat_flash_ngram"
+    ]
+
+
 def test_stored_constants_must_be_those_of_the_configuration(tmp_path: Path) -> None:
     qwen(tmp_path / "m")
     for name in ("layer_multipliers", "ngram_heads_vocab_sizes", "ngram_heads_offsets"):
@@ -383,6 +395,15 @@ def test_the_target_may_not_lie_in_the_source_or_stand_already(tmp_path: Path) -
     with pytest.raises(ConvertError, match="exists"):
         convert(ConvertConfig(tmp_path / "m", tmp_path / "package"))
     convert(ConvertConfig(tmp_path / "m", tmp_path / "package", force=True))
+
+
+def test_a_source_must_be_there_and_not_be_ours(tmp_path: Path) -> None:
+    with pytest.raises(ConvertError, match="nothing does not exist"):
+        convert(ConvertConfig(tmp_path / "nothing", tmp_path / "package"))
+    longcat(tmp_path / "m")
+    convert(ConvertConfig(tmp_path / "m", tmp_path / "package"))
+    with pytest.raises(ConvertError, match="package is an artifact of ours already"):
+        convert(ConvertConfig(tmp_path / "package", tmp_path / "again"))
 
 
 def test_a_package_without_a_backbone_says_so(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 from engram import Progress
 from engram.builders.corpus import CorpusConfig
 from engram.builders.process_memory import cached_bytes, cached_share, forget_cached, is_mapped
-from engram.quantize.package import ExportConfig, Package, export_package, open_package, verify_package
+from engram.quantize.package import ExportConfig, Package, export_package, open_package
 from engram.quantize.tables import QuantizeConfig, quantize
+from engram.quantize.verify import verify_package
 from engram.runtime import hot_rows, warm
 from engram.runtime.engine import Model
 from engram.runtime.generate import RunConfig, run

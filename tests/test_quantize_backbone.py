@@ -191,7 +191,8 @@ def test_few_and_many_rows_agree_and_gradients_pass() -> None:
 
 
 def test_the_engine_runs_a_package_with_a_quantized_backbone(tmp_path: Path) -> None:
-    from engram.quantize.package import ExportConfig, export_package, verify_package
+    from engram.quantize.package import ExportConfig, export_package
+    from engram.quantize.verify import verify_package
     from engram.runtime.engine import Model
 
     checkpoint = tiny.write_checkpoint(tmp_path)

@@ -27,9 +27,10 @@ def test_every_example_runs_in_order(tmp_path: Path) -> None:
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, tmp_path / name)
     (tmp_path / "bin").mkdir()
-    shim = tmp_path / "bin" / "engram"
-    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m engram.cli.main "$@"\n')
-    shim.chmod(0o755)
+    for name, words in (("engram", " -m engram.cli.main"), ("python", "")):  # of the environment that is activated
+        shim = tmp_path / "bin" / name
+        shim.write_text(f'#!/bin/sh\nexec "{sys.executable}"{words} "$@"\n')
+        shim.chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block[1]], cwd=tmp_path, env=env, capture_output=True, text=True

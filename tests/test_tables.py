@@ -197,7 +197,8 @@ def test_needs_no_torch(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from engram.quantize.package import ExportConfig, export_package, open_package, verify_package
+from engram.quantize.package import ExportConfig, export_package, open_package
+from engram.quantize.verify import verify_package
 from engram.quantize.tables import QuantizeConfig, quantize
 from engram.runtime.reader import RowReader
 import numpy as np

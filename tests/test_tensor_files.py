@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import random
 import struct
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from hostile import FAULTS, INDEXES, arrays, split
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
 
@@ -20,14 +19,6 @@ from engram.builders.gguf_header import GGML, GgufHeaderError
 from engram.builders.tensor_files import INDEX, TensorFileError, open_files, read_header
 
 MUTATIONS = 4000
-
-
-def arrays() -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(0)
-    return {
-        "a.weight": generator.normal(size=(6, 5)).astype(np.float32), "b": np.arange(7, dtype=np.int64),
-        "rows": generator.integers(0, 255, size=(40, 3), dtype=np.uint8), "none": np.zeros((0, 4), np.float32),
-    }  # fmt: skip
 
 
 def read_by_offset(path: Path, name: str) -> bytes:
@@ -43,16 +34,6 @@ def test_places_are_where_the_library_put_the_bytes(tmp_path: Path) -> None:
     assert set(found) == set(arrays())
     for name, array in arrays().items():
         assert found[name].shape == array.shape and read_by_offset(tmp_path / "m.safetensors", name) == array.tobytes()
-
-
-def split(folder: Path) -> Path:
-    folder.mkdir()
-    names, shards = list(arrays()), {}
-    for number, part in enumerate((names[:2], names[2:]), 1):
-        save_file({name: arrays()[name] for name in part}, folder / f"model-{number}.safetensors")
-        shards |= dict.fromkeys(part, f"model-{number}.safetensors")
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
-    return folder
 
 
 def test_a_folder_is_its_shards_with_an_index_or_without(tmp_path: Path) -> None:
@@ -73,19 +54,6 @@ def test_a_shard_that_is_not_there_is_named_when_it_is_needed(tmp_path: Path) ->
         found.find("other")
 
 
-INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "outside": (lambda m: m["weight_map"].update(b="../model-1.safetensors"), "a shard is a file beside the index"),
-    "absolute": (lambda m: m["weight_map"].update(b="/etc/passwd"), "a shard is a file beside the index"),
-    "backslash": (lambda m: m["weight_map"].update(b="..\\x.safetensors"), "a shard is a file beside the index"),
-    "dots": (lambda m: m["weight_map"].update(b=".."), "a shard is a file beside the index"),
-    "number": (lambda m: m["weight_map"].update(b=3), "a shard is a file beside the index"),
-    "wrong shard": (lambda m: m["weight_map"].update(b="model-2.safetensors"), "it is in model-1.safetensors"),
-    "not held": (lambda m: m["weight_map"].update(c="model-2.safetensors"), "holds 'c', it does not"),
-    "no map": (lambda m: m.pop("weight_map"), "no index with a weight_map"),
-    "a list": (lambda m: m.update(weight_map=[1, 2]), "no index with a weight_map"),
-}
-
-
 @pytest.mark.parametrize("case", INDEXES)
 def test_an_index_that_lies_is_refused(tmp_path: Path, case: str) -> None:
     folder = split(tmp_path / "m")
@@ -102,40 +70,6 @@ def test_the_same_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
         save_file({"rows": np.zeros(3, np.float32)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(TensorFileError, match=r"'rows' is in .*a\.safetensors and in .*b\.safetensors"):
         open_files(tmp_path)
-
-
-def with_header(header: Any, body: bytes, text: bytes | None = None) -> bytes:
-    text = json.dumps(header).encode() if text is None else text
-    return len(text).to_bytes(8, "little") + text + body
-
-
-def entry(dtype: Any = "F32", shape: Any = (2, 2), offsets: Any = (0, 16)) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-
-
-FAULTS: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "states a header of 0 bytes"),
-    "gigantic": ((1 << 62).to_bytes(8, "little") + b"{}", "states a header of 4,611,686"),
-    "no JSON": (with_header(None, b"", b"{]"), "no JSON"),
-    "a list": (with_header([], b""), "no JSON object"),
-    "deep": (with_header(None, b"", b"[" * 100_000), "no JSON"),
-    "twice": (with_header(None, b"\0" * 16, b'{"a":1,"a":2}'), "the key 'a' occurs twice"),
-    "overlap": (with_header({"a": entry(), "b": entry(offsets=(8, 24))}, b"\0" * 24), "'b' overlaps 'a'"),
-    "gap": (with_header({"a": entry(), "b": entry(offsets=(20, 36))}, b"\0" * 36), "leaves a gap"),
-    "behind": (with_header({"a": entry()}, b"\0" * 20), "its tensors end at"),
-    "beyond": (with_header({"a": entry()}, b"\0" * 12), "the file has"),
-    "dtype": (with_header({"a": entry("F33")}, b"\0" * 16), "dtype 'F33'"),
-    "dtype list": (with_header({"a": entry(["F32"])}, b"\0" * 16), "has the dtype"),
-    "size": (with_header({"a": entry(shape=(2, 3))}, b"\0" * 16), "needs 24 bytes"),
-    "overflow": (with_header({"a": entry(shape=(1 << 62, 8))}, b"\0" * 16), "needs 1.4757"),
-    "negative": (with_header({"a": entry(shape=(-2, -2))}, b"\0" * 16), "cannot be"),
-    "negative offset": (with_header({"a": entry(offsets=(-16, 0))}, b"\0" * 16), "cannot be"),
-    "fraction": (with_header({"a": entry(shape=(2.0, 2))}, b"\0" * 16), "cannot be"),
-    "truth": (with_header({"a": entry("U8", (True,), (0, 1))}, b"\0"), "cannot be"),
-    "nine": (with_header({"a": entry("U8", (1,) * 9, (0, 1))}, b"\0"), "cannot be"),
-    "lacking": (with_header({"a": {"dtype": "F32"}}, b""), "lacks dtype, shape or data_offsets"),
-    "half a byte": (with_header({"a": entry("F4", (3,), (0, 1))}, b"\0"), "needs 1.5 bytes"),
-}
 
 
 @pytest.mark.parametrize("case", FAULTS)

@@ -230,3 +230,12 @@ def test_a_hub_name_without_a_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(TokenizerError, match="could not be fetched") as raised:
         load_tokenizer("nobody-here/no-such-model")
     assert "pass a local file" in raised.value.hint
+
+
+def test_what_a_folder_here_lacks_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """package/tokenizer.json has the form of a hub name."""
+    (tmp_path / "package").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("engram.builders.tokenizer._fetch", lambda name: pytest.fail(f"asked for {name}"))
+    with pytest.raises(TokenizerError, match="'package/tokenizer.json' does not exist"):
+        load_tokenizer("package/tokenizer.json")

@@ -10,11 +10,12 @@ from typing import Any
 from engram import EngramError
 
 NAME = "config.json"
+OWN_NAME = "engram_config.json"  # of a memory alone, beside the backbone's or in its place
 LARGEST = 1 << 40  # rows, ids and the like: beyond it nothing is published, and primes are slow to find
 MOST_LAYERS = 1024  # or heads, or anything else that is listed
 MOST_ORDER = 8  # what llama.cpp reads at most
 MOST_HEADS = 64
-_LARGEST_FILE = 1 << 24
+LARGEST_FILE = 1 << 24
 
 
 class FamilyError(EngramError):
@@ -78,7 +79,7 @@ class Header(Keys):
 
 
 class Config(Keys):
-    """The keys of a config.json; those of `text_config` come first, as transformers reads them.
+    """The keys of a config.json; those of `text_config` come first, as transformers reads them, then `engram_config`.
 
     `get(name, alias, …)` takes the same value under any of its names; two names that differ are refused.
     """
@@ -87,23 +88,50 @@ class Config(Keys):
         inner = values.get("text_config", {})
         if not isinstance(inner, Mapping):
             raise FamilyError(f"{path}: text_config is no object")
-        super().__init__(path, {**values, **inner})
-        self.model_types = [v for v in (values.get("model_type"), inner.get("model_type")) if isinstance(v, str)]
+        joined = {**values, **inner}
+        own = joined.get("engram_config") or {}
+        if not isinstance(own, Mapping):
+            raise FamilyError(f"{path}: engram_config is no object")
+        super().__init__(path, {**joined, **own})
+        kinds = (values.get("model_type"), inner.get("model_type"), own.get("model_type"))
+        self.model_types = [kind for kind in kinds if isinstance(kind, str)]
 
     @classmethod
     def read(cls, folder: Path) -> Config:
-        """Of a checkpoint folder."""
-        path = folder / NAME
-        try:
-            if path.stat().st_size > _LARGEST_FILE:
-                raise FamilyError(f"{path} has {path.stat().st_size:,} bytes, no configuration is that large")
-            values = json.loads(path.read_bytes())
-        except OSError as wrong:
-            raise FamilyError(
-                f"{path} cannot be read: {wrong.strerror}", hint="the configuration says what the tensors mean"
-            ) from None
-        except (ValueError, RecursionError) as wrong:
-            raise FamilyError(f"{path} is no JSON: {wrong}") from None
-        if not isinstance(values, dict):
-            raise FamilyError(f"{path} is no JSON object")
-        return cls(path, values)
+        """Of a checkpoint folder: config.json, the engram_config.json of a memory alone, or both."""
+        path, own = folder / NAME, folder / OWN_NAME
+        if not own.is_file():
+            return cls.parse(path, _bytes(path))
+        return cls.parse_own(own, _bytes(own), _object(path, _bytes(path)) if path.is_file() else {})
+
+    @classmethod
+    def parse(cls, path: Path, raw: bytes) -> Config:
+        """Of a config.json's bytes; `path` names it in what is refused."""
+        return cls(path, _object(path, raw))
+
+    @classmethod
+    def parse_own(cls, path: Path, raw: bytes, beside: Mapping[str, Any]) -> Config:
+        """Of an engram_config.json's bytes, and of the config.json beside it."""
+        return cls(path, {**beside, "engram_config": {"model_type": "engram", **_object(path, raw)}})
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise FamilyError(f"{path} has {path.stat().st_size:,} bytes, no configuration is that large")
+        return path.read_bytes()
+    except OSError as wrong:
+        raise FamilyError(
+            f"{path} cannot be read: {wrong.strerror}", hint="the configuration says what the tensors mean"
+        ) from None
+
+
+def _object(path: Path, raw: bytes) -> dict[str, Any]:
+    """What a file of JSON holds."""
+    try:
+        values = json.loads(raw)
+    except (ValueError, RecursionError) as wrong:
+        raise FamilyError(f"{path} is no JSON: {wrong}") from None
+    if not isinstance(values, dict):
+        raise FamilyError(f"{path} is no JSON object")
+    return values

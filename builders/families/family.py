@@ -74,7 +74,7 @@ class Published:
     `hashing`: the dialect's constants as `Layout.build` takes them, but the token map, which a tokenizer makes;
     `compressed_size` is what that map must come to. `stored`: hash constants that the checkpoint itself holds, as
     "LAYER.multipliers", "LAYER.primes", "LAYER.offsets". `dense`: by layer, the gate's tensors by our parameter name.
-    `absent`: of both, those in shards that are not there.
+    `absent`: of both, those in shards that are not there. `vocab_size` is 0 where only the tokenizer says it.
     """
 
     family: str

@@ -1,0 +1,182 @@
+"""The residual stream of llama.cpp, read and rewritten where a graph computes it: its evaluation callback.
+
+Names and shapes of tensors are no interface of llama.cpp: everything that is relied on is compared with the library's
+own functions when a context is made (`check_tensor`), and a release that was never tried is refused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram import EngramError
+
+TRIED = ("0.3.36",)  # releases of llama-cpp-python whose structures are those below
+F32 = 0  # ggml_type
+
+
+class LlamaError(EngramError):
+    """A GGUF backbone that cannot be run through llama.cpp here, or a graph that is not the one expected."""
+
+
+class Tensor(ctypes.Structure):
+    """The beginning of a ggml_tensor, as far as it is read."""
+
+    _fields_ = [
+        ("type", ctypes.c_int32), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int32), ("op_params", ctypes.c_int32 * 16), ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10), ("view_src", ctypes.c_void_p), ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p), ("name", ctypes.c_char * 64),
+    ]  # fmt: skip
+
+
+@cache
+def library() -> Any:
+    """llama_cpp's low-level module, quiet. LlamaError where it is missing or of a release that was never tried."""
+    try:
+        import llama_cpp
+    except ImportError as wrong:
+        raise LlamaError(
+            f"a GGUF backbone runs through llama.cpp, which cannot be imported: {wrong}",
+            hint="pip install 'engram-lm[gguf]', or run it through torch: --engine torch",
+        ) from None
+    if llama_cpp.__version__ not in TRIED:
+        raise LlamaError(
+            f"llama-cpp-python {llama_cpp.__version__} was not tried, only {', '.join(TRIED)}",
+            hint=f"pip install llama-cpp-python=={TRIED[-1]}, or run it through torch: --engine torch",
+        )
+    module = llama_cpp.llama_cpp
+    _KEPT.append(module.llama_log_callback(lambda level, text, user: None))
+    module.llama_log_set(_KEPT[-1], None)
+    module.llama_backend_init()
+    return module
+
+
+def library_version() -> str:
+    """The release of llama-cpp-python."""
+    import llama_cpp
+
+    return str(llama_cpp.__version__)
+
+
+_KEPT: list[Any] = []  # callbacks that C may still call
+
+
+@cache
+def _function(name: str, result: Any) -> Any:
+    """A function of ggml; found through libllama, whose dependency is already mapped."""
+    found = getattr(library()._lib, name)
+    found.restype, found.argtypes = result, [ctypes.c_void_p]
+    return found
+
+
+def tensor_at(address: int) -> Tensor:
+    """The tensor at an address that a callback was given."""
+    return Tensor.from_address(address)
+
+
+def check_tensor(address: int) -> None:
+    """Compare the structure's fields with what the library's functions say. LlamaError where they differ."""
+    tensor = tensor_at(address)
+    count = int(np.prod(list(tensor.ne)))
+    said = _function("ggml_nelements", ctypes.c_int64)(address), _function("ggml_get_data", ctypes.c_void_p)(address)
+    name = _function("ggml_get_name", ctypes.c_char_p)(address)
+    if (count, tensor.data, tensor.name) != (*said, name):
+        raise LlamaError(
+            "this build of llama.cpp lays tensors out in another way than the one that was tried",
+            hint="run it through torch: --engine torch",
+        )
+
+
+def rows_of(address: int, width: int) -> NDArray[np.float32]:
+    """The rows [n, width] of a float32 tensor in this process's memory, to be read and written in place."""
+    tensor = tensor_at(address)
+    name = tensor.name.decode(errors="replace")
+    host = _function("ggml_backend_buffer_is_host", ctypes.c_bool)(tensor.buffer) if tensor.buffer else True
+    whole = _function("ggml_is_contiguous", ctypes.c_bool)(address)
+    if tensor.type != F32 or not whole or not host or tensor.ne[0] != width:
+        raise LlamaError(
+            f"node {name} is of type {tensor.type} and width {tensor.ne[0]}, {'in' if host else 'outside'} this "
+            f"process's memory: expected are contiguous float32 rows of {width}",
+            hint="keep the layers on the CPU, or run it through torch: --engine torch",
+        )
+    count = int(np.prod(list(tensor.ne)[1:]))
+    place = ctypes.cast(tensor.data, ctypes.POINTER(ctypes.c_float))
+    return np.ctypeslib.as_array(place, shape=(count, width))
+
+
+def integers_of(address: int) -> NDArray[np.int32]:
+    """The elements of an int32 tensor, copied."""
+    tensor = tensor_at(address)
+    count = int(np.prod(list(tensor.ne)))
+    place = ctypes.cast(tensor.data, ctypes.POINTER(ctypes.c_int32))
+    return np.array(np.ctypeslib.as_array(place, shape=(count,)))
+
+
+class Filter(Protocol):
+    """Of a graph's nodes, those with one of some names go to `hit(place of the name, address)` once computed."""
+
+    callback: Any  # for llama_context_params.cb_eval
+    user_data: Any
+
+    def take_error(self) -> BaseException | None:
+        """What a hit raised first, once. Nothing is called any more until it was taken."""
+
+
+class CFilter:
+    """The filter in C++: Python is entered for wanted nodes alone."""
+
+    def __init__(self, names: Sequence[str], hit: Callable[[int, int], object]) -> None:
+        from engram.kernels import _C
+
+        module = library()
+        name_of = ctypes.cast(module._lib.ggml_get_name, ctypes.c_void_p).value
+        assert name_of is not None
+        self._filter = _C.EvalFilter(name_of, list(names), hit)
+        self.callback = ctypes.cast(self._filter.callback, module.ggml_backend_sched_eval_callback)
+        self.user_data = self._filter.user_data
+
+    def take_error(self) -> BaseException | None:
+        """As Filter says."""
+        return self._filter.take_error()
+
+
+class PythonFilter:
+    """The same, to be read: entered for every node."""
+
+    def __init__(self, names: Sequence[str], hit: Callable[[int, int], object]) -> None:
+        module = library()
+        places = {name.encode(): place for place, name in enumerate(names)}
+        name_of = _function("ggml_get_name", ctypes.c_char_p)
+        self._error: BaseException | None = None
+
+        def called(address: int, ask: bool, _: Any) -> bool:
+            place = places.get(name_of(address))
+            if ask:
+                return place is not None
+            if place is not None and self._error is None:
+                try:
+                    hit(place, address)
+                except BaseException as wrong:  # noqa: BLE001 - what leaves here would end the graph silently
+                    self._error = wrong
+            return True
+
+        self.callback = module.ggml_backend_sched_eval_callback(called)
+        self.user_data = None
+
+    def take_error(self) -> BaseException | None:
+        """As Filter says."""
+        found, self._error = self._error, None
+        return found
+
+
+def make_filter(names: Sequence[str], hit: Callable[[int, int], object]) -> Filter:
+    """The C++ filter where the extension is built, else the Python one."""
+    from engram.kernels import dispatch
+
+    return PythonFilter(names, hit) if dispatch.name() == "reference" else CFilter(names, hit)

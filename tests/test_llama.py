@@ -1,0 +1,265 @@
+"""A GGUF backbone with Engram layers through llama.cpp: against llama.cpp alone, torch, and itself in other batches."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
+if importlib.util.find_spec("gguf") is None:
+    pytest.skip("needs gguf", allow_module_level=True)
+
+from gguf_llama import VOCAB, WIDTH, write_gguf  # noqa: E402
+
+from engram.builders.backbone import BackboneRef  # noqa: E402
+from engram.builders.checkpoint import save_checkpoint  # noqa: E402
+from engram.builders.engram import Gate, GateConfig  # noqa: E402
+from engram.builders.layout import Layout  # noqa: E402
+from engram.quantize.package import ExportConfig, export_package  # noqa: E402
+from engram.runtime import generate, llama, llama_hook  # noqa: E402
+from engram.runtime.engine import EngineError, Model  # noqa: E402
+from engram.runtime.generate import RunConfig, open_session, run  # noqa: E402
+from engram.runtime.llama import LlamaSlots  # noqa: E402
+from engram.runtime.llama_hook import LlamaError, PythonFilter  # noqa: E402
+from engram.runtime.slots import Feed  # noqa: E402
+
+TOKENS = np.random.default_rng(5).integers(0, VOCAB, 60).tolist()
+
+
+def package(folder: Path, *, strength: float = 0.5, last_conv: bool = False, layers: tuple[int, ...] = (1, 2)) -> Path:
+    """A random Llama of two blocks, memories before its second block (with a convolution) and at its end."""
+    folder.mkdir()
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({f"t{n}": n for n in range(VOCAB)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    (folder / "tokenizer").mkdir()
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    path = write_gguf(folder / "model.gguf")
+    layout = Layout.build(
+        dialect="demo", orders=(2, 3), heads=2, head_dim=8, layers=layers, rows_per_head=300, pad_id=2,
+        vocab_size=VOCAB, token_map=np.arange(VOCAB) // 2,
+    )  # fmt: skip
+    generator = np.random.default_rng(1)
+    gates, dense, tables = {}, {}, {}
+    torch.manual_seed(3)
+    for layer in layout.layers:
+        conv = 4 if layer == 1 or last_conv else 0
+        config = GateConfig(WIDTH, layout.memory_width, conv_kernel=conv, conv_dilation=3)
+        gate = Gate(config)
+        if conv:
+            torch.nn.init.normal_(gate.conv_weight, std=0.3)
+        gate.value_proj.weight.data.mul_(strength)
+        gates[layer] = config.to_json()
+        dense[layer] = {name: value.detach().numpy() for name, value in gate.state_dict().items()}
+        tables[layer] = generator.normal(size=(layout.table_rows[layer], 8)).astype(np.float32)
+    save_checkpoint(
+        folder / "checkpoint", layout=layout, gates=gates, dense=dense, tables=tables,
+        backbone=BackboneRef.find(str(path)), tokenizer_folder=folder / "tokenizer",
+    )  # fmt: skip
+    export_package(ExportConfig(folder / "checkpoint", folder / "package", embed_backbone=True))
+    return folder / "package"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return package(tmp_path_factory.mktemp("llama") / "with")
+
+
+@pytest.fixture(scope="module")
+def silent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a memory that adds nothing."""
+    return package(tmp_path_factory.mktemp("llama") / "without", strength=0.0)
+
+
+@pytest.fixture
+def opened(made: Path) -> Iterator[Callable[..., LlamaSlots]]:
+    """Opens the package; everything is closed in the end."""
+    found: list[LlamaSlots] = []
+
+    def open_it(folder: Path = made, **options: Any) -> LlamaSlots:
+        found.append(LlamaSlots.open(folder, threads=1, **{"context": 128} | options))
+        return found[-1]
+
+    yield open_it
+    for slots in found:
+        slots.close()
+
+
+def logits_of(slots: LlamaSlots, ids: list[int], slot: int = 0) -> Tensor:
+    """After each of some tokens, fed one by one: [T, vocabulary]."""
+    return torch.stack([slots.step([Feed(slot, [token])])[0] for token in ids])
+
+
+def plain_logits(folder: Path, ids: list[int]) -> Tensor:
+    """llama.cpp's own, without a callback, token by token."""
+    c = llama_hook.library()
+    path = str(folder / "backbone" / "model.gguf").encode()
+    model = c.llama_model_load_from_file(path, c.llama_model_default_params())
+    options = c.llama_context_default_params()
+    options.n_ctx, options.n_threads, options.n_threads_batch, options.kv_unified = 128, 1, 1, True
+    context, out = c.llama_init_from_model(model, options), []
+    for position, token in enumerate(ids):
+        batch = c.llama_batch_init(1, 0, 1)
+        batch.n_tokens, batch.token[0], batch.pos[0], batch.n_seq_id[0], batch.seq_id[0][0] = 1, token, position, 1, 0
+        batch.logits[0] = True
+        assert c.llama_decode(context, batch) == 0
+        c.llama_batch_free(batch)
+        found = c.llama_get_logits_ith(context, 0)
+        out.append(torch.from_numpy(np.ctypeslib.as_array(found, shape=(VOCAB,)).copy()))
+    c.llama_free(context)
+    c.llama_model_free(model)
+    return torch.stack(out)
+
+
+def torch_logits(folder: Path, ids: list[int], offload: str = "disk") -> Tensor:
+    """Our engine over the same weights, dequantized."""
+    model = Model.open(folder, offload=offload, dtype="float32")
+    session = model.session()
+    out = torch.stack([session.feed([token]) for token in ids])
+    model.close()
+    return out
+
+
+def test_a_memory_that_adds_nothing_leaves_llama_cpp_as_it_is(silent: Path, opened: Any) -> None:
+    """Bit for bit: what is read and written back are the same values."""
+    assert torch.equal(logits_of(opened(silent), TOKENS[:12]), plain_logits(silent, TOKENS[:12]))
+
+
+def test_the_change_is_that_of_torch(made: Path, silent: Path, opened: Any) -> None:
+    """In direction and size; another order of the tokens gives another change."""
+    ours = logits_of(opened(), TOKENS[:20]) - plain_logits(made, TOKENS[:20])
+    theirs = torch_logits(made, TOKENS[:20]) - torch_logits(silent, TOKENS[:20])
+    assert theirs.abs().max() > 0.1
+    alike = torch.nn.functional.cosine_similarity(ours, theirs)
+    assert alike.min() > 0.995 and torch.allclose(ours, theirs, atol=0.02 * float(theirs.abs().max()))
+    other = torch_logits(made, TOKENS[20:40]) - torch_logits(silent, TOKENS[20:40])
+    assert torch.nn.functional.cosine_similarity(ours, other).max() < 0.9
+
+
+def test_the_filter_in_cpp_is_the_one_in_python(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = logits_of(opened(), TOKENS[:8])
+    monkeypatch.setattr(llama, "make_filter", PythonFilter)
+    assert torch.equal(logits_of(opened(), TOKENS[:8]), fast)
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 8}, {"batch": 16, "micro_batch": 8}, {"batch": 7}])
+def test_prefill_in_any_batches_is_decoding(opened: Any, options: dict[str, int]) -> None:
+    """Within float32's order of sums: 1e-3 of logits that reach 10."""
+    expected = logits_of(opened(), TOKENS)
+    slots = opened(**options)
+    (found,) = slots.step([Feed(0, TOKENS)])
+    assert torch.allclose(found, expected[-1], atol=1e-3), (found - expected[-1]).abs().max()
+    assert slots.length(0) == len(TOKENS)
+
+
+@pytest.mark.parametrize("micro_batch", [512, 8])
+def test_ragged_sequences_in_one_batch(opened: Any, micro_batch: int) -> None:
+    texts = [TOKENS[:23], TOKENS[30:41], TOKENS[5:11]]
+    alone = [logits_of(opened(), text)[-1] for text in texts]
+    slots = opened(count=3, micro_batch=micro_batch)
+    found = slots.step([Feed(slot, text[:-2]) for slot, text in enumerate(texts)])
+    for back in (2, 1):
+        feeds = [Feed(slot, [texts[slot][-back]]) for slot in (2, 0, 1)]
+        slots.ask(feeds)
+        found = slots.step(feeds)
+    for slot, made_ in zip((2, 0, 1), found, strict=True):
+        assert torch.allclose(made_, alone[slot], atol=1e-3)
+
+
+def test_prefixes_are_reused_and_rolled_back(opened: Any) -> None:
+    """What was rolled back leaves no trace: neither in the cache nor in look-back or convolution."""
+    slots = opened()
+    slots.step([Feed(0, TOKENS[:30])])
+    other = [*TOKENS[:10], *TOKENS[40:50]]
+    assert slots.reuse(0, other) == TOKENS[40:50]
+    (found,) = slots.step([Feed(0, TOKENS[40:50])])
+    assert torch.allclose(found, logits_of(opened(), other)[-1], atol=1e-3)
+    assert slots.reuse(0, other) == other[-1:] and slots.length(0) == 19
+
+
+def test_an_error_in_the_callback_comes_out_and_leaves_nothing(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = logits_of(opened(), TOKENS[:6])
+    for kind in (None, PythonFilter):
+        if kind is not None:
+            monkeypatch.setattr(llama, "make_filter", kind)
+        slots = opened()
+        slots.step([Feed(0, TOKENS[:3])])
+        real, slots.reader.take = slots.reader.take, lambda *_: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            slots.step([Feed(0, TOKENS[3:6])])
+        slots.reader.take = real
+        assert slots.length(0) == 3
+        assert torch.allclose(slots.step([Feed(0, TOKENS[3:6])])[0], expected[-1], atol=1e-3)
+
+
+def test_another_graph_is_refused_when_it_is_opened(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaSlots, "_node", lambda self, layer: f"no_such_node-{layer}")
+    with pytest.raises(LlamaError, match="computed node no_such_node-1 for 0 of 1 rows"):
+        opened()
+    monkeypatch.setattr(LlamaSlots, "_node", lambda self, layer: "ffn_gate-0")
+    with pytest.raises(LlamaError, match="node ffn_gate-0 is of type 0 and width 512.*float32 rows of 256"):
+        opened()
+
+
+def test_rows_in_another_order_are_refused(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = opened()
+    monkeypatch.setattr(llama, "integers_of", lambda address: llama_hook.integers_of(address)[::-1])
+    with pytest.raises(LlamaError, match="reordered the rows"):
+        slots.step([Feed(0, TOKENS[:5])])
+
+
+def test_what_cannot_be_mirrored_is_refused(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LlamaError, match="not unified"):
+        LlamaSlots.open(made, unified=False)
+    with pytest.raises(LlamaError, match="layer 2 is the output of the last norm.*convolution"):
+        LlamaSlots.open(package(tmp_path / "conv", last_conv=True))
+    with pytest.raises(LlamaError, match="before the first block"):
+        LlamaSlots.open(package(tmp_path / "first", layers=(0,)))
+    llama_hook.library.cache_clear()
+    monkeypatch.setattr(llama_hook, "TRIED", ("0.0.1",))
+    with pytest.raises(LlamaError, match="was not tried, only 0.0.1"):
+        LlamaSlots.open(made)
+    llama_hook.library.cache_clear()
+
+
+def test_feeds_that_do_not_fit_are_refused(opened: Any) -> None:
+    slots = opened()
+    for feed, words in ((Feed(0, []), "was fed 0 tokens"), (Feed(3, [1]), "slot 3 of 1"),
+                        (Feed(0, [1] * 129), "129 tokens exceed the context of 128")):  # fmt: skip
+        with pytest.raises(LlamaError, match=words):
+            slots.step([feed])
+    assert slots.length(0) == 0
+
+
+def test_run_takes_llama_cpp_for_a_gguf_and_torch_when_told(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same greedy text; an engine that cannot be had is an error when asked for, and a word when not."""
+    told = [run(RunConfig(made, prompt="t5 t6 t7 t8", max_tokens=24, engine=engine), lambda piece: None)
+            for engine in ("auto", "llama", "torch")]  # fmt: skip
+    assert [found["engine"].split()[0] for found in told] == ["llama.cpp", "llama.cpp", "torch"]
+    assert told[0]["token_ids"] == told[1]["token_ids"] == told[2]["token_ids"]
+    assert told[0]["rows_read"] == told[2]["rows_read"] > 0
+    with pytest.raises(EngineError, match="engine 'onnx' is not known"):
+        RunConfig(made, engine="onnx")
+    with pytest.raises(EngineError, match="dtype 'bfloat16' is torch's"):
+        open_session(RunConfig(made, engine="llama", dtype="bfloat16"))
+
+    def missing() -> None:
+        raise LlamaError("it is not here")
+
+    monkeypatch.setattr(generate, "library", missing)
+    monkeypatch.setattr(llama, "library", missing)
+    from float_tables import Recorder
+
+    recorder = Recorder()
+    open_session(RunConfig(made), recorder).model.close()
+    assert recorder.said == ["backbone through torch, dequantized: it is not here"]
+    with pytest.raises(LlamaError, match="it is not here"):
+        open_session(RunConfig(made, engine="llama"))

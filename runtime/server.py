@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import ipaddress
+import os
 import re
 import signal
 import socket
@@ -300,7 +301,8 @@ def open_slots(config: ServeConfig, progress: Progress) -> Slots:
         verify=config.verify, table_io=config.table_io, engine=config.engine,
     )  # fmt: skip
     if choose_engine(wish, progress) == "llama":
-        return open_llama(wish, count=config.slots, context=config.context)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return open_llama(wish, count=config.slots, context=config.context, threads=cores)
     return TorchSlots(open_torch(wish), config.slots, config.context)
 
 

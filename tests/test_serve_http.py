@@ -167,3 +167,29 @@ def test_an_open_address_needs_a_key(package: Path) -> None:
 def test_a_port_that_is_taken_is_an_error(package: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ServeError, match="cannot be listened on"):
         bound("127.0.0.1", other.getsockname()[1])
+
+
+def test_the_commands_options_are_the_servers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from engram.cli import main as cli
+
+    given: list[ServeConfig] = []
+
+    def worker(config: ServeConfig, progress: Any) -> dict[str, float]:
+        given.append(config)
+        return {"generated_tokens": 12, "rows_read": 3400}
+
+    monkeypatch.setattr("engram.runtime.server.serve", worker)
+    monkeypatch.setenv("ENGRAM_API_KEY", "from the environment")
+    words = "serve pkg --host 0.0.0.0 --port 9 --slots 3 --queue 5 --context 77 --timeout 8.5 --grace 2 --offload ram"
+    for more in (["--table-cache", "1MiB", "--verify", "open", "--engine", "torch"], ["--api-key", "of the option"]):
+        with pytest.raises(SystemExit) as leaving:
+            cli.main([*words.split(), *more])
+        assert not leaving.value.code
+    first, second = given
+    assert (first.package, first.host, first.port, first.slots, first.queue) == (Path("pkg"), "0.0.0.0", 9, 3, 5)
+    assert (first.context, first.timeout, first.grace, first.offload) == (77, 8.5, 2.0, "ram")
+    assert (first.table_cache, first.verify, first.engine) == (1 << 20, "open", "torch")
+    assert (first.api_key, second.api_key, second.engine) == ("from the environment", "of the option", "auto")
+    assert "served 12 tokens, 3,400 rows read" in capsys.readouterr().err

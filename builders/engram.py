@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engram import EngramError
 from engram.kernels import dispatch
-from engram.kernels.reference import Convolution
+from engram.kernels.reference import Convolution, MemoryGate
 
 _FEW = 16  # positions that one thread gates sooner than torch starts its operators
 
@@ -152,20 +152,33 @@ class Gate(nn.Module):
         if not (singles and here and few) or dispatch.name() == "reference":
             added, inputs = self(hidden, memory_BTE, past_BPX, mask_BT)
             return hidden + added, inputs
-        config = self.config
         stream = (hidden.unsqueeze(-2) if hidden.dim() == 3 else hidden).contiguous()
-        conv = None
-        if config.conv_kernel:
-            norm, weight = self.norm_conv.detach().numpy(), self.conv_weight.detach().numpy()
-            conv = Convolution(norm, weight, config.conv_dilation, config.conv_eps)
-        out, made = dispatch.ops().gate_step(
-            stream.numpy(), self._split(self.key_proj(memory_BTE)).numpy(), self.value_proj(memory_BTE).numpy(),
-            self.norm_query.detach().numpy(), self.norm_key.detach().numpy(),
-            kind=config.kind, eps=config.eps, conv=conv,
-            past_BPX=None if past_BPX is None else past_BPX.contiguous().numpy(),
-            mask_BT=None if mask_BT is None else mask_BT.bool().numpy(),
+        out, made = self.prepared().step(
+            stream.numpy(), memory_BTE.contiguous().numpy(),
+            None if past_BPX is None else past_BPX.contiguous().numpy(),
+            None if mask_BT is None else mask_BT.bool().contiguous().numpy(),
         )  # fmt: skip
         return torch.from_numpy(out).view(hidden.shape), None if made is None else torch.from_numpy(made)
+
+    def prepared(self) -> MemoryGate:
+        """The same for few positions outside torch: the path's operation over these float32 weights, not copies."""
+        config = self.config
+
+        def array(weight: Tensor | None) -> Any:
+            return None if weight is None else weight.detach().contiguous().numpy()
+
+        conv = None
+        if config.conv_kernel:
+            conv = Convolution(
+                array(self.norm_conv), array(self.conv_weight), config.conv_dilation, config.conv_eps
+            )
+        made: MemoryGate = dispatch.ops().MemoryGate(
+            key_weight_YE=array(self.key_proj.weight), key_bias_Y=array(self.key_proj.bias),
+            value_weight_DE=array(self.value_proj.weight), value_bias_D=array(self.value_proj.bias),
+            query_norm_MD=array(self.norm_query), key_norm_MD=array(self.norm_key), kind=config.kind, eps=config.eps,
+            conv=conv,
+        )  # fmt: skip
+        return made
 
     def _split(self, wide: Tensor) -> Tensor:
         return wide.view(*wide.shape[:-1], self.config.branches, self.config.hidden)

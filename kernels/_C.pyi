@@ -110,24 +110,33 @@ def open_pages(
 ) -> PageReader:
     """A reader that goes this way; RuntimeError where the system cannot, ValueError where this build does not."""
 
-def gate_step(
-    hidden: NDArray[Any],
-    key: NDArray[Any],
-    value: NDArray[Any],
-    query_norm: NDArray[Any],
-    key_norm: NDArray[Any],
-    eps: float,
-    kind: int,
-    mask: NDArray[Any] | None,
-    conv_norm: NDArray[Any] | None,
-    conv_weight: NDArray[Any] | None,
-    dilation: int,
-    conv_eps: float,
-    past: NDArray[Any] | None,
-    out: NDArray[Any],
-    inputs: NDArray[Any] | None,
-    /,
-) -> None: ...
+class MemoryGate:
+    def __init__(
+        self,
+        key_weight: NDArray[Any],
+        key_bias: NDArray[Any] | None,
+        value_weight: NDArray[Any],
+        value_bias: NDArray[Any] | None,
+        query_norm: NDArray[Any],
+        key_norm: NDArray[Any],
+        eps: float,
+        kind: int,
+        conv_norm: NDArray[Any] | None,
+        conv_weight: NDArray[Any] | None,
+        dilation: int,
+        conv_eps: float,
+        /,
+    ) -> None: ...
+    def step(
+        self,
+        hidden: NDArray[Any],
+        memory: NDArray[Any],
+        past: NDArray[Any] | None,
+        mask: NDArray[Any] | None,
+        out: NDArray[Any],
+        inputs: NDArray[Any] | None,
+        /,
+    ) -> None: ...
 
 class EvalFilter:
     def __init__(self, name_of: int, names: Sequence[str], hit: Callable[[int, int], object]) -> None: ...

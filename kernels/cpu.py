@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from engram.kernels import _C, reference
 from engram.kernels.codecs import Bytes, Codec, CodecError
 from engram.kernels.reference import (
-    Convolution,
     Doubles,
     Flags,
     Ints,
@@ -159,48 +158,60 @@ def crc32_pages(pages_PX: Bytes) -> NDArray[np.uint32]:
     return out
 
 
-def gate_step(
-    hidden_BTMD: Singles,
-    key_BTMD: Singles,
-    value_BTD: Singles,
-    query_norm_MD: Singles,
-    key_norm_MD: Singles,
-    *,
-    kind: str,
-    eps: float,
-    conv: Convolution | None = None,
-    past_BPX: Singles | None = None,
-    mask_BT: Flags | None = None,
-) -> tuple[Singles, Singles | None]:
-    """What reference.gate_step gives, from contiguous float32 arrays; made for few positions (one thread).
+class MemoryGate(reference.MemoryGate):
+    """reference.MemoryGate in one pass over contiguous float32 arrays; made for few positions (one thread).
 
-    Sums are fp64, the rest is fp32: results lie within 1e-6 of the largest value from the fp64 reference, which is what
-    rounding each product, each tap and the exponential to fp32 costs. KernelError for arrays of another kind.
+    Sums of the gate are fp64, the rest is fp32: from exact keys and values the results lie within 1e-6 of the largest
+    value from the fp64 reference, which is what rounding each product, each tap and the exponential to fp32 costs.
+    KernelError for weights of another kind; ValueError or TypeError for other arrays.
     """
-    batch, length, branches, width = hidden_BTMD.shape
-    wide = branches * width
-    wanted = [("hidden", hidden_BTMD, hidden_BTMD.shape), ("key", key_BTMD, hidden_BTMD.shape),
-              ("value", value_BTD, (batch, length, width)), ("query norm", query_norm_MD, (branches, width)),
-              ("key norm", key_norm_MD, (branches, width))]  # fmt: skip
-    inputs = None
-    if conv is not None:
-        inputs = np.empty((batch, length, wide), dtype=np.float32)
-        wanted += [("conv norm", conv.norm_MD, (branches, width)),
-                   ("conv weight", conv.weight_XW, (wide, conv.weight_XW.shape[-1]))]  # fmt: skip
+
+    def __init__(self, **weights: Any) -> None:
+        super().__init__(**weights)
+        if self.kind not in KINDS:
+            raise KernelError(f"gate kind {self.kind!r} is not known", hint="use one of: " + ", ".join(KINDS))
+        branches, width = self.query_norm_MD.shape
+        wide, memory, conv = branches * width, self.key_weight_YE.shape[-1], self.conv
+        wanted: list[tuple[str, Singles | None, tuple[int, ...]]] = [
+            ("key weight", self.key_weight_YE, (wide, memory)), ("key bias", self.key_bias_Y, (wide,)),
+            ("value weight", self.value_weight_DE, (width, memory)), ("value bias", self.value_bias_D, (width,)),
+            ("query norm", self.query_norm_MD, (branches, width)), ("key norm", self.key_norm_MD, (branches, width)),
+        ]  # fmt: skip
+        if conv is not None:
+            wanted += [("conv norm", conv.norm_MD, (branches, width)),
+                       ("conv weight", conv.weight_XW, (wide, conv.weight_XW.shape[-1]))]  # fmt: skip
+        for name, array, shape in wanted:
+            if array is not None:
+                _check_singles(name, array, shape)
+        self._gate = _C.MemoryGate(
+            self.key_weight_YE, self.key_bias_Y, self.value_weight_DE, self.value_bias_D, self.query_norm_MD,
+            self.key_norm_MD, self.eps, KINDS[self.kind], None if conv is None else conv.norm_MD,
+            None if conv is None else conv.weight_XW, 1 if conv is None else conv.dilation,
+            0.0 if conv is None else conv.eps,
+        )  # fmt: skip
+
+    def step(
+        self,
+        hidden_BTMD: Singles,
+        memory_BTE: Singles,
+        past_BPX: Singles | None = None,
+        mask_BT: Flags | None = None,
+        *,
+        out_BTMD: Singles | None = None,
+    ) -> tuple[Singles, Singles | None]:
+        """As the reference says."""
+        out = np.empty_like(hidden_BTMD) if out_BTMD is None else out_BTMD
+        if self.conv is None:
+            self._gate.step(hidden_BTMD, memory_BTE, None, mask_BT, out, None)
+            return out, None
+        batch, length, branches, width = hidden_BTMD.shape
+        inputs = np.empty((batch, length, branches * width), dtype=np.float32)
         if past_BPX is not None:
-            wanted.append(("past", past_BPX, (batch, past_BPX.shape[1], wide)))
-    for name, array, shape in wanted:
-        if array.dtype != np.float32 or array.shape != shape or not array.flags.c_contiguous:
-            raise KernelError(
-                f"{name} must be contiguous float32 {list(shape)}, found {array.dtype} {list(array.shape)}"
-            )
-    if kind not in KINDS:
-        raise KernelError(f"gate kind {kind!r} is not known", hint="use one of: " + ", ".join(KINDS))
-    out = np.empty_like(hidden_BTMD)
-    _C.gate_step(
-        hidden_BTMD, key_BTMD, value_BTD, query_norm_MD, key_norm_MD, eps, KINDS[kind],
-        None if mask_BT is None else np.ascontiguousarray(mask_BT), None if conv is None else conv.norm_MD,
-        None if conv is None else conv.weight_XW, 1 if conv is None else conv.dilation,
-        0.0 if conv is None else conv.eps, None if conv is None else past_BPX, out, inputs,
-    )  # fmt: skip
-    return out, inputs
+            _check_singles("past", past_BPX, (batch, past_BPX.shape[1], branches * width))
+        self._gate.step(hidden_BTMD, memory_BTE, past_BPX, mask_BT, out, inputs)
+        return out, inputs
+
+
+def _check_singles(name: str, array: Singles, shape: tuple[int, ...]) -> None:
+    if array.dtype != np.float32 or array.shape != shape or not array.flags.c_contiguous:
+        raise KernelError(f"{name} must be contiguous float32 {list(shape)}, found {array.dtype} {list(array.shape)}")

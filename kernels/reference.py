@@ -423,3 +423,51 @@ def gate_step(
     if mask_BT is not None:
         added_BTMD = added_BTMD * mask_BT[..., None, None]
     return hidden_BTMD + added_BTMD, inputs_BTX
+
+
+class MemoryGate:
+    """One layer's gate with its weights, for a few positions: memory and the residual stream in, the stream out.
+
+    Letters as in builders/engram.py; Y = M * D. Weights are float32: key [Y, E], value [D, E], biases [Y] and [D] or
+    None, norms [M, D].
+    """
+
+    def __init__(
+        self,
+        *,
+        key_weight_YE: Singles,
+        key_bias_Y: Singles | None,
+        value_weight_DE: Singles,
+        value_bias_D: Singles | None,
+        query_norm_MD: Singles,
+        key_norm_MD: Singles,
+        kind: str,
+        eps: float,
+        conv: Convolution | None = None,
+    ) -> None:
+        self.key_weight_YE, self.key_bias_Y = key_weight_YE, key_bias_Y
+        self.value_weight_DE, self.value_bias_D = value_weight_DE, value_bias_D
+        self.query_norm_MD, self.key_norm_MD, self.kind, self.eps, self.conv = (
+            query_norm_MD, key_norm_MD, kind, eps, conv,
+        )  # fmt: skip
+
+    def step(
+        self,
+        hidden_BTMD: Singles,
+        memory_BTE: Singles,
+        past_BPX: Singles | None = None,
+        mask_BT: Flags | None = None,
+        *,
+        out_BTMD: Singles | None = None,
+    ) -> tuple[Singles, Singles | None]:
+        """As `gate_step`, with key and value projected from the memory; `out` may be `hidden` itself."""
+        key = memory_BTE @ self.key_weight_YE.T + (0 if self.key_bias_Y is None else self.key_bias_Y)
+        value = memory_BTE @ self.value_weight_DE.T + (0 if self.value_bias_D is None else self.value_bias_D)
+        found, inputs = gate_step(
+            hidden_BTMD, key.reshape(hidden_BTMD.shape), value, self.query_norm_MD, self.key_norm_MD, kind=self.kind,
+            eps=self.eps, conv=self.conv, past_BPX=past_BPX, mask_BT=mask_BT,
+        )  # fmt: skip
+        if out_BTMD is None:
+            return found, inputs
+        out_BTMD[...] = found
+        return out_BTMD, inputs

@@ -22,7 +22,7 @@ from engram.quantize.package import ExportConfig, PackageError, export_package, 
 from engram.quantize.tables import QuantizeConfig, quantize
 from engram.runtime import engine
 from engram.runtime.engine import EngineError, Model, probabilities
-from engram.runtime.generate import Conversation, RunConfig, Sampler, generate, run
+from engram.runtime.generate import Conversation, RunConfig, Sampler, generate, render_chat, run
 
 TOLERANCE = 1e-5
 
@@ -232,10 +232,8 @@ def test_special_tokens_of_the_tokenizer_are_used(model: Model, monkeypatch: pyt
     conversation.complete("The memory", lambda text: None)
     assert conversation.session.ids[: 1 + len(model.encode("The memory"))] == [5, *model.encode("The memory")]
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    monkeypatch.setattr(model, "special", {"bos": "<pad>", "eos": "<eos>", "chat_template": template})
-    conversation = Conversation(model, RunConfig(model.package.folder, max_tokens=1))
-    conversation._messages.append({"role": "user", "content": "hi"})
-    assert conversation._prompt() == "<pad>hi<eos>"
+    special = {"bos": "<pad>", "eos": "<eos>", "chat_template": template}
+    assert render_chat(model.tokenizer, special, [{"role": "user", "content": "hi"}]) == "<pad>hi<eos>"
 
 
 def test_generation_stops_at_a_stop_token_and_at_the_context(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

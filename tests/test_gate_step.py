@@ -27,6 +27,18 @@ def _case(rng: np.random.Generator, batch: int, length: int, branches: int, widt
     return arrays, conv, draw(batch, kept, wide) if taps else None, rng.random((batch, length)) < 0.7
 
 
+def _gate(arrays: Any, conv: Convolution | None, kind: str, eps: float) -> tuple[Any, Any]:
+    """A gate whose projections pick key and value out of the memory, exactly; and that memory."""
+    _, key_BTMD, value_BTD, query_norm, key_norm = arrays
+    batch, length, branches, width = key_BTMD.shape
+    picks = np.eye((branches + 1) * width, dtype=np.float32)
+    gate = dispatch.ops().MemoryGate(
+        key_weight_YE=picks[: branches * width], key_bias_Y=None, value_weight_DE=picks[branches * width :],
+        value_bias_D=None, query_norm_MD=query_norm, key_norm_MD=key_norm, kind=kind, eps=eps, conv=conv,
+    )  # fmt: skip
+    return gate, np.concatenate([key_BTMD.reshape(batch, length, branches * width), value_BTD], axis=-1)
+
+
 def _doubled(conv: Convolution | None) -> Convolution | None:
     return conv and Convolution(conv.norm_MD.astype(float), conv.weight_XW.astype(float), conv.dilation, conv.eps)
 
@@ -49,9 +61,11 @@ def test_equals_the_reference_in_float64(
             past_BPX=None if past is None else past.astype(float), mask_BT=masked,
         )  # fmt: skip
         with dispatch.force(path):
-            got, inputs = dispatch.ops().gate_step(
-                *arrays, kind=kind, eps=1e-6, conv=conv, past_BPX=past, mask_BT=masked
-            )
+            gate, memory = _gate(arrays, conv, kind, 1e-6)
+            got, inputs = gate.step(arrays[0], memory, past, masked)
+            place = arrays[0].copy()
+            assert gate.step(place, memory, past, masked, out_BTMD=place)[0] is place
+        np.testing.assert_array_equal(place, got)
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE * np.abs(want).max(initial=1))
         assert (inputs is None) == (want_inputs is None)
@@ -68,7 +82,8 @@ def test_the_exponential_over_its_whole_range(path: str) -> None:
     flat = np.ones((1, width), dtype=np.float32)
     conv = Convolution(flat, sums.astype(np.float32)[:, None], 1, 0.0)
     with dispatch.force(path):
-        out, inputs = dispatch.ops().gate_step(ones, ones, ones[:, :, 0], flat, flat, kind="plain", eps=0.0, conv=conv)
+        gate, memory = _gate((ones, ones, ones[:, :, 0], flat, flat), conv, "plain", 0.0)
+        out, inputs = gate.step(ones, memory)
     assert inputs is not None
     np.testing.assert_allclose(inputs, 1, atol=1e-6)
     x = sums.astype(np.float32).astype(float)
@@ -101,18 +116,54 @@ def test_the_module_gives_the_same_by_both_ways(dialect: str, branches: int) -> 
                 torch.testing.assert_close(made, inputs[:, t : t + 1], rtol=0, atol=1e-5 * float(inputs.abs().max()))
 
 
+@pytest.mark.parametrize("path", [*CPP, "reference"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("positions", "memory", "branches", "width"), [(1, 512, 1, 576), (3, 100, 2, 33), (16, 63, 1, 5), (2, 2048, 4, 640)]
+)
+def test_keys_and_values_are_projected(
+    path: str, biased: bool, positions: int, memory: int, branches: int, width: int
+) -> None:
+    """Against float64; the gate is held open (a plain one over a large key), so that only the values' sums differ."""
+    rng = np.random.default_rng(width)
+    wide = branches * width
+    hidden, stored, key, value = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in [(1, positions, branches, width), (1, positions, memory), (wide, memory), (width, memory)]
+    )
+    ones = np.ones((branches, width), dtype=np.float32)
+    biases = [rng.standard_normal(n).astype(np.float32) if biased else None for n in (wide, width)]
+    names = ("key_weight_YE", "key_bias_Y", "value_weight_DE", "value_bias_D", "query_norm_MD", "key_norm_MD")
+    weights = dict(zip(names, (key, biases[0], value, biases[1], ones, ones), strict=True))
+    with dispatch.force(path):
+        got, _ = dispatch.ops().MemoryGate(**weights, kind="plain", eps=1e-6).step(hidden, stored)
+    exact = {name: None if array is None else array.astype(float) for name, array in weights.items()}
+    want, _ = reference.MemoryGate(**exact, kind="plain", eps=1e-6).step(hidden.astype(float), stored.astype(float))
+    # A sum of E products in fp32 is off by its rounding steps: sqrt(E) * 2^-24 of the products' size, with room.
+    np.testing.assert_allclose(got, want, rtol=0, atol=4 * memory**0.5 * 2.0**-24 * np.abs(want).max())
+
+
 @pytest.mark.parametrize("path", CPP)
 def test_arrays_of_another_kind_are_refused(path: str) -> None:
     """Wrong types, shapes and kinds are errors with a name."""
     arrays, conv, past, _ = _case(np.random.default_rng(0), 1, 2, 1, 8, 2, 2)
     assert conv is not None and past is not None
     with dispatch.force(path):
-        step = dispatch.ops().gate_step
-        with pytest.raises(KernelError, match="key must be contiguous float32"):
-            step(arrays[0], arrays[1].astype(float), *arrays[2:], kind="plain", eps=1e-6)
-        with pytest.raises(KernelError, match=r"value must be contiguous float32 \[1, 2, 8\]"):
-            step(*arrays[:2], arrays[2][:, :1], *arrays[3:], kind="plain", eps=1e-6)
+        gate, memory = _gate(arrays, conv, "plain", 1e-6)
+        weights = {name: getattr(gate, name) for name in (
+            "key_weight_YE", "key_bias_Y", "value_weight_DE", "value_bias_D", "query_norm_MD", "key_norm_MD",
+        )}  # fmt: skip
+        make = dispatch.ops().MemoryGate
+        with pytest.raises(KernelError, match="key weight must be contiguous float32"):
+            make(**{**weights, "key_weight_YE": weights["key_weight_YE"].astype(float)}, kind="plain", eps=1e-6)
+        with pytest.raises(KernelError, match=r"value weight must be contiguous float32 \[8, 16\]"):
+            make(**{**weights, "value_weight_DE": weights["value_weight_DE"][:7]}, kind="plain", eps=1e-6)
         with pytest.raises(KernelError, match="past must be"):
-            step(*arrays, kind="plain", eps=1e-6, conv=conv, past_BPX=past[..., ::2])
+            gate.step(arrays[0], memory, past[..., ::2])
         with pytest.raises(KernelError, match="gate kind 'wide' is not known"):
-            step(*arrays, kind="wide", eps=1e-6)
+            make(**weights, kind="wide", eps=1e-6)
+        for hidden, rows in ((arrays[0], memory[..., :-1].copy()), (arrays[0], memory[:, :1]), (arrays[0][..., :4].copy(), memory)):
+            with pytest.raises(ValueError, match="do not fit"):
+                gate.step(hidden, rows)
+        with pytest.raises(TypeError):
+            gate.step(arrays[0].astype(float), memory)

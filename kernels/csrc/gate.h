@@ -17,9 +17,18 @@ struct GateStep {
     int64_t taps, dilation, kept;                 // W (0: no convolution), dilation, positions in `past`
     const float *conv_norm, *conv_weight, *past;  // [M, D], [M * D, W], [B, kept, M * D]
     double conv_eps;
-    float *out, *inputs;                          // [B, T, M, D], [B, T, M * D]
+    float *out, *inputs;                          // [B, T, M, D] (may be `hidden` itself), [B, T, M * D]
 };
 
 using RunGateStep = void (*)(const GateStep&);
+
+// A linear map of a few vectors: out[n, o] = <in[n], weight[o]> + bias[o].
+struct Project {
+    int64_t count, width, outs;        // N, E, O
+    const float *in, *weight, *bias;   // [N, E], [O, E], [O] or null
+    float* out;                        // [N, O]
+};
+
+using RunProject = void (*)(const Project&, int64_t begin, int64_t end);  // outs begin … end - 1
 
 }  // namespace engram

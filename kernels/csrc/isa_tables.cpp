@@ -8,9 +8,11 @@
     extern const HashRows hash_rows;         \
     extern const HashRows hash_sums;         \
     extern const RunGateStep gate_step;      \
+    extern const RunProject project;         \
     extern const EncodeTable encode_table;   \
     }
-#define ENGRAM_TABLE(isa) IsaTable{&isa::row_table, isa::hash_rows, isa::hash_sums, isa::gate_step, &isa::encode_table}
+#define ENGRAM_TABLE(isa) \
+    IsaTable{&isa::row_table, isa::hash_rows, isa::hash_sums, isa::gate_step, isa::project, &isa::encode_table}
 
 namespace engram {
 

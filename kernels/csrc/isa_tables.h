@@ -20,6 +20,7 @@ struct IsaTable {
     const RowTable* rows;
     HashRows hash_rows, hash_sums;
     RunGateStep gate_step;
+    RunProject project;
     const EncodeTable* encode;
 };
 IsaTable active_table();

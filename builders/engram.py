@@ -18,7 +18,7 @@ from engram import EngramError
 from engram.kernels import dispatch
 from engram.kernels.reference import Convolution, MemoryGate
 
-_FEW = 16  # positions that one thread gates sooner than torch starts its operators
+FEW = 16  # positions that one thread gates sooner than torch starts its operators
 
 
 class GateError(EngramError):
@@ -148,7 +148,7 @@ class Gate(nn.Module):
         """hidden + forward's first result, and its second; a few positions on a CPU in one pass where it can be had."""
         singles = hidden.dtype == memory_BTE.dtype == self.value_proj.weight.dtype == torch.float32
         here = hidden.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        few = hidden.shape[0] * hidden.shape[1] <= _FEW
+        few = hidden.shape[0] * hidden.shape[1] <= FEW
         if not (singles and here and few) or dispatch.name() == "reference":
             added, inputs = self(hidden, memory_BTE, past_BPX, mask_BT)
             return hidden + added, inputs

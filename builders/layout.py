@@ -260,10 +260,19 @@ class Layout:
         """Where a look-back may not begin (dead ids), and where it may not go."""
         return self._hasher().flags(ids_BT)
 
-    def _beginning(self, batch: int) -> Lookback:
+    @cached_property
+    def _nothing(self) -> Lookback:
+        """Before the beginning of one text."""
         kept = self.orders[-1] - 1
-        nothing = np.zeros((batch, kept), dtype=bool)
-        return Lookback(np.zeros((batch, kept), dtype=np.int64), nothing, ~nothing)
+        nothing = np.zeros((1, kept), dtype=bool)
+        return Lookback(np.zeros((1, kept), dtype=np.int64), nothing, ~nothing)
+
+    def _beginning(self, batch: int) -> Lookback:
+        one = self._nothing
+        if batch == 1:
+            return one
+        ids, start, stop = (np.repeat(part, batch, axis=0) for part in (one.ids_BJ, one.start_BJ, one.stop_BJ))
+        return Lookback(ids.astype(np.int64), start.astype(bool), stop.astype(bool))
 
     def rows(
         self,
@@ -282,7 +291,7 @@ class Layout:
         Raises LayoutError for an id outside the vocabulary.
         """
         raw = np.asarray(ids_BT, dtype=np.int64)
-        before = self._beginning(raw.shape[0]) if history is None else history
+        before = self._beginning(len(raw)) if history is None else history
         wanted = self.layers if layers is None else layers
         each = len(self.orders) if self.rules.oldest_first else 1  # hashes that make a layer's columns
         places = [self.layers.index(layer) * each + part for layer in wanted for part in range(each)]

@@ -7,6 +7,7 @@ N rows, D hidden width, E memory width, M residual branches, W kernel width.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -248,7 +249,7 @@ def aligned_empty(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
     A vector store of 64 bytes that straddles two lines costs two: numpy aligns to 16 bytes only. Small arrays stay in
     the nearest cache, where it does not show.
     """
-    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < 1 << 16:
         return np.empty(shape, dtype=dtype)
     raw = np.empty(size + 64, dtype=np.uint8)

@@ -8,9 +8,9 @@ Shape letters: N tokens of a batch, n of a micro-batch, T of one feed, D hidden 
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engram.builders.backbone import BackboneRef
-from engram.builders.engram import Gate, GateConfig
-from engram.builders.layout import Layout, Lookback
+from engram.builders.layout import Layout
 from engram.builders.tokenizer import load_tokenizer, special_tokens
 from engram.quantize.package import Package, open_package
+from engram.runtime.llama_gates import LayerGates, Part, Singles
 from engram.runtime.llama_hook import (
     LlamaError,
     check_tensor,
-    integers_of,
     library,
     library_version,
     make_filter,
     rows_of,
-    tensor_at,
 )
 from engram.runtime.reader import RowReader, Ticket
 from engram.runtime.slots import Feed, OneSlot, Watch
@@ -41,54 +39,58 @@ BATCH = 512  # tokens of one llama_decode
 _EMBEDDED = "embd"  # the node that looks token ids up: they are its second source
 
 
-@dataclass
 class Slot:
     """One timeline: its tokens, and the convolution's inputs of every position by layer, [positions, X]."""
 
-    ids: list[int]
-    conv: dict[int, Tensor]
+    def __init__(self, context: int) -> None:
+        self.length = 0
+        self.conv: dict[int, Singles] = {}
+        self._line = np.zeros(context, dtype=np.int64)
 
-    def lookback(self, layout: Layout) -> Lookback | None:
-        """What hashing the next positions needs to know of the ones so far."""
-        kept = layout.orders[-1] - 1
-        if not self.ids or not kept:
-            return None
-        return layout.history(np.array([self.ids[-kept:]], dtype=np.int64))
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """Token ids so far."""
+        return self._line[: self.length]
 
-    def rows(self, layout: Layout, ids: Sequence[int]) -> dict[int, NDArray[np.int64]]:
-        """Row ids of the next positions, by layer: [1, T, C]."""
-        return layout.rows(np.array([ids], dtype=np.int64), self.lookback(layout))
+    def rows(self, layout: Layout, ids: list[int]) -> dict[int, NDArray[np.int64]]:
+        """Row ids of the next positions, by layer: [1, T, C]; hashed with the tokens that they look back to."""
+        end = self.length + len(ids)
+        self._line[self.length : end] = ids
+        begin = max(0, self.length - layout.orders[-1] + 1)
+        found = layout.rows(self._line[None, begin:end])
+        return {layer: rows[:, self.length - begin :] for layer, rows in found.items()}
 
-    def keep(self, layer: int, position: int, inputs_TX: Tensor) -> None:
-        """Store the convolution's inputs from this position on; the buffer doubles when it is full."""
-        end, buffer = position + len(inputs_TX), self.conv.get(layer)
-        if buffer is None or len(buffer) < end:
-            grown = inputs_TX.new_zeros(max(2 * position, end), inputs_TX.shape[1])
-            if buffer is not None:
-                grown[: min(position, len(buffer))] = buffer[:position]
-            self.conv[layer] = buffer = grown
-        buffer[position:end] = inputs_TX
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Consecutive tokens of a batch that continue one slot: those from `first` on, at `position` of its timeline."""
-
-    slot: int
-    first: int
-    count: int
-    position: int
+    def grow(self, ids: list[int]) -> None:
+        """These tokens belong to it now."""
+        self._line[self.length : self.length + len(ids)] = ids
+        self.length += len(ids)
 
 
 class _Call:
     """What the hooks of one decode read, and how far each of them came."""
 
-    def __init__(self, ids: Sequence[int], parts: Sequence[_Part], outputs: Sequence[int], ticket: Ticket) -> None:
+    def __init__(self, ids: list[int], parts: list[Part], outputs: list[int], ticket: Ticket) -> None:
         self.ids, self.parts, self.ticket = np.array(ids, dtype=np.int32), parts, ticket
-        self.whole = np.arange(len(ids))
-        self.outputs = np.array(outputs)  # places of the batch whose logits are wanted
-        self.done: dict[int, int] = {}
-        self.memory: dict[int, Tensor] = {}  # rows that arrived, [N, E]
+        self.outputs = outputs  # places of the batch whose logits are wanted
+        self.done: dict[int, int] = {}  # rows that came by, by layer
+        self.memory: dict[int, Singles] = {}  # rows that arrived, [N, E]
+
+    def rows(self, begin: int, end: int) -> list[Part]:
+        """Rows of the whole batch: what parts of them a micro-batch holds, counted from its own beginning."""
+        found = []
+        for slot, first, count, position in self.parts:
+            low, high = max(begin, first), min(end, first + count)
+            if low < high:
+                found.append(Part(slot, low - begin, high - low, position + low - first))
+        return found
+
+    def wanted(self, begin: int, end: int) -> list[Part]:
+        """The same where the graph computes the wanted positions alone."""
+        found = []
+        for row, place in enumerate(self.outputs[begin:end]):
+            part = next(part for part in self.parts if part.first <= place < part.first + part.rows)
+            found.append(Part(part.slot, row, 1, part.position + place - part.first))
+        return found
 
 
 class LlamaSlots:
@@ -112,7 +114,7 @@ class LlamaSlots:
         self._c = library()
         self._model = self._load(path)
         self._layers, self._width = int(self._c.llama_model_n_layer(self._model)), self._embedding()
-        self.gates = {layer: self._gate(layer) for layer in self.layout.layers}
+        self.gates = LayerGates(package, self._width, self._layers)
         self.vocab_size = int(self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self._model)))
         if self.layout.vocab_size > self.vocab_size:
             raise LlamaError(f"the layout has {self.layout.vocab_size} token ids, {path} embeds {self.vocab_size}")
@@ -120,16 +122,18 @@ class LlamaSlots:
         self._names = [_EMBEDDED, *(self._node(layer) for layer in self.layout.layers)]
         mine = weakref.ref(self)  # no circle through C++, which the garbage collector does not see
 
-        def hit(number: int, address: int) -> None:
+        def hit(number: int, address: int, rows: Singles | None) -> None:
             if (owner := mine()) is not None:
-                owner._hit(number, address)
+                owner._hit(number, address, rows)
 
-        self._filter = make_filter(self._names, hit)
+        self._filter = make_filter(self._names, self._width, hit)
         self._context = self._new_context(threads, micro_batch)
+        self._batch = self._c.llama_batch_init(self.batch, 0, 1)
         self._call: _Call | None = None
         self._asked: tuple[list[Feed], list[int], Ticket] | None = None
         self._checked = False
-        self.slots = [Slot([], {}) for _ in range(count)]
+        self._kept: list[tuple[Tensor, int]] = []  # logits of a step's feeds, and their address
+        self.slots = [Slot(self.context) for _ in range(count)]
         self.tokenizer = load_tokenizer(package.folder)
         self.special = special_tokens(package.folder)
         self._check()
@@ -162,23 +166,6 @@ class LlamaSlots:
 
     def _embedding(self) -> int:
         return int(self._c.llama_model_n_embd(self._model))
-
-    def _gate(self, layer: int) -> Gate:
-        config = GateConfig.from_json(self.package.manifest["gate"][str(layer)])
-        if layer > self._layers or config.hidden != self._width or config.branches != 1:
-            raise LlamaError(
-                f"the gate of layer {layer} is for {config.branches} streams of {config.hidden}, the GGUF has one of "
-                f"{self._width} and {self._layers} blocks"
-            )
-        if config.conv_kernel and layer == self._layers:
-            raise LlamaError(
-                f"layer {layer} is the output of the last norm, of which llama.cpp computes wanted positions alone: a "
-                "convolution there cannot be mirrored", hint="run it through torch: --engine torch",
-            )  # fmt: skip
-        gate = Gate(config).eval().requires_grad_(False)
-        values = {name: torch.from_numpy(np.array(v)) for name, v in self.package.dense()[layer].items()}
-        gate.load_state_dict(values)
-        return gate
 
     def _node(self, layer: int) -> str:
         """Name of the node whose values enter block `layer`, or that the head reads."""
@@ -228,23 +215,24 @@ class LlamaSlots:
         return frozenset(self.special.get("eos_ids") or [])
 
     def length(self, slot: int) -> int:
-        return len(self.slots[slot].ids)
+        return self.slots[slot].length
 
     def reuse(self, slot: int, ids: list[int]) -> list[int]:
-        have, shared = self.slots[slot].ids, 0
-        while shared < min(len(have), len(ids) - 1) and have[shared] == ids[shared]:
-            shared += 1
+        have = self.slots[slot].ids
+        most = min(len(have), len(ids) - 1)
+        differing = np.flatnonzero(have[:most] != np.array(ids[:most], dtype=np.int64))
+        shared = int(differing[0]) if differing.size else most
         self._cut(slot, shared)
         return ids[shared:]
 
     def _cut(self, slot: int, length: int) -> None:
         """Forget every position of a slot from `length` on."""
-        if length == len(self.slots[slot].ids):
+        if length == self.length(slot):
             return
         memory = self._c.llama_get_memory(self._context)
         if not self._c.llama_memory_seq_rm(memory, slot, length, -1):
             raise LlamaError(f"llama.cpp cannot roll a timeline back to position {length}", hint="start a new one")
-        del self.slots[slot].ids[length:]
+        self.slots[slot].length = length
 
     def ask(self, feeds: Sequence[Feed]) -> None:
         if sum(len(feed.ids) for feed in feeds) <= self.batch:
@@ -254,6 +242,8 @@ class LlamaSlots:
     def _rows(self, feeds: Sequence[Feed]) -> dict[int, NDArray[np.int64]]:
         """Row ids of a batch, by layer: [1, N, C]."""
         found = [self.slots[feed.slot].rows(self.layout, feed.ids) for feed in feeds]
+        if len(found) == 1:
+            return found[0]
         return {layer: np.concatenate([rows[layer] for rows in found], axis=1) for layer in self.layout.layers}
 
     def step(self, feeds: Sequence[Feed]) -> list[Tensor]:
@@ -265,7 +255,6 @@ class LlamaSlots:
                     f"{self.length(feed.slot) + len(feed.ids)} tokens exceed the context of {self.context}",
                     hint="shorten the prompt or lower --max-tokens",
                 )
-        logits: list[Tensor | None] = [None] * len(feeds)
         waiting = [(place, feed.slot, list(feed.ids)) for place, feed in enumerate(feeds)]
         while waiting:
             room, now, later = self.batch, [], []
@@ -276,33 +265,30 @@ class LlamaSlots:
                     now.append((place, Feed(slot, taken), len(taken) == len(ids)))
                 if len(taken) < len(ids):
                     later.append((place, slot, ids[len(taken) :]))
-            found = self._decode([feed for _, feed, _ in now], [last for _, _, last in now])
-            for (place, _, _), made in zip((part for part in now if part[2]), found, strict=True):
-                logits[place] = made
+            self._decode([feed for _, feed, _ in now], [place if last else None for place, _, last in now])
             waiting = later
-        return [made for made in logits if made is not None]
+        return [self._kept[place][0] for place in range(len(feeds))]
 
-    def _decode(self, feeds: list[Feed], wanted: list[bool]) -> list[Tensor]:
-        """One llama_decode; logits after the last token of each feed where they are wanted."""
-        ids = [token for feed in feeds for token in feed.ids]
-        ends = np.cumsum([len(feed.ids) for feed in feeds]).tolist()
-        parts = [
-            _Part(feed.slot, end - len(feed.ids), len(feed.ids), self.length(feed.slot))
-            for feed, end in zip(feeds, ends, strict=True)
-        ]
-        outputs = [end - 1 for end, last in zip(ends, wanted, strict=True) if last]
-        lengths = [part.position for part in parts]
-        if self._asked is not None and self._asked[:2] == (feeds, lengths):
+    def _decode(self, feeds: list[Feed], wanted: list[int | None]) -> None:
+        """One llama_decode; logits after the last token of a feed are kept at the place wanted, if any."""
+        ids: list[int] = []
+        parts, outputs = [], []
+        for feed, place in zip(feeds, wanted, strict=True):
+            parts.append(Part(feed.slot, len(ids), len(feed.ids), self.length(feed.slot)))
+            ids += feed.ids
+            if place is not None:
+                outputs.append(len(ids) - 1)
+        if self._asked is not None and self._asked[:2] == (feeds, [part.position for part in parts]):
             ticket = self._asked[2]
         else:
             ticket = self.reader.ask(self._rows(feeds))
         self._asked = None
+        self._fill(ids, parts, outputs)
         self._call = call = _Call(ids, parts, outputs, ticket)
-        batch = self._batch(ids, parts, set(outputs))
+        self._filter.expect(call.ids)
         try:
-            code = self._c.llama_decode(self._context, batch)
+            code = self._c.llama_decode(self._context, self._batch)
         finally:
-            self._c.llama_batch_free(batch)
             self._call = None
         wrong = self._filter.take_error()
         try:
@@ -315,10 +301,11 @@ class LlamaSlots:
             self._restore(parts)
             raise
         for feed in feeds:
-            self.slots[feed.slot].ids += feed.ids
-        return [self._logits(place) for place in outputs]
+            self.slots[feed.slot].grow(feed.ids)
+        for row, place in zip(outputs, (place for place in wanted if place is not None), strict=True):
+            self._keep_logits(row, place)
 
-    def _restore(self, parts: Sequence[_Part]) -> None:
+    def _restore(self, parts: Sequence[Part]) -> None:
         """Take back what a failed decode left in the cache."""
         memory = self._c.llama_get_memory(self._context)
         for part in parts:
@@ -326,78 +313,63 @@ class LlamaSlots:
 
     def _complete(self, call: _Call) -> None:
         """Refuse a graph in which a node was not computed for every row: garbage would follow."""
-        for place, name in enumerate(self._names):
-            whole = len(call.outputs) if name == "result_norm" else len(call.ids)
-            if call.done.get(place, 0) != whole:
+        seen = [self._filter.matched, *(call.done.get(layer, 0) for layer in self.layout.layers)]
+        whole = [len(call.outputs) if name == "result_norm" else len(call.ids) for name in self._names]
+        for name, found, wanted in zip(self._names, seen, whole, strict=True) if seen != whole else ():
+            if found != wanted:
                 raise LlamaError(
-                    f"llama.cpp computed node {name} for {call.done.get(place, 0)} of {whole} rows: the graph of this "
-                    "architecture is not the one expected", hint="run it through torch: --engine torch",
+                    f"llama.cpp computed node {name} for {found} of {wanted} rows: the graph of this architecture is "
+                    "not the one expected", hint="run it through torch: --engine torch",
                 )  # fmt: skip
 
-    def _batch(self, ids: Sequence[int], parts: Sequence[_Part], outputs: set[int]) -> Any:
-        batch = self._c.llama_batch_init(len(ids), 0, 1)
+    def _fill(self, ids: list[int], parts: list[Part], outputs: list[int]) -> None:
+        """Write the batch that llama_decode reads."""
+        batch = self._batch
         batch.n_tokens = len(ids)
-        for part in parts:
-            for i in range(part.count):
-                place = part.first + i
-                batch.token[place], batch.pos[place] = ids[place], part.position + i
-                batch.n_seq_id[place], batch.seq_id[place][0] = 1, part.slot
-                batch.logits[place] = place in outputs
-        return batch
+        token, pos, seq_id, n_seq_id, logits = batch.token, batch.pos, batch.seq_id, batch.n_seq_id, batch.logits
+        for slot, first, count, position in parts:
+            for i in range(count):
+                place = first + i
+                token[place], pos[place], n_seq_id[place], logits[place] = ids[place], position + i, 1, 0
+                seq_id[place][0] = slot
+        for place in outputs:
+            logits[place] = 1
 
-    def _logits(self, place: int) -> Tensor:
-        found = self._c.llama_get_logits_ith(self._context, place)
+    def _keep_logits(self, row: int, place: int) -> None:
+        """Copy the logits of a row of the batch: llama.cpp's own memory holds those of its last decode only."""
+        found = self._c.llama_get_logits_ith(self._context, row)
         if not found:
-            raise LlamaError(f"llama.cpp has no logits of row {place}")
-        return torch.from_numpy(np.ctypeslib.as_array(found, shape=(self.vocab_size,)).copy())
+            raise LlamaError(f"llama.cpp has no logits of row {row}")
+        while len(self._kept) <= place:
+            made = torch.empty(self.vocab_size)
+            self._kept.append((made, made.data_ptr()))
+        ctypes.memmove(self._kept[place][1], found, 4 * self.vocab_size)
 
     # Hooks
 
-    def _hit(self, number: int, address: int) -> None:
-        """A node was computed for the rows of one micro-batch."""
+    def _hit(self, number: int, address: int, stream_nD: Singles | None) -> None:
+        """A node was computed for the rows of one micro-batch: rewrite them in place."""
         call = self._call
         assert call is not None
-        if not self._checked:
-            check_tensor(address)
-        done = call.done.get(number, 0)
         if number == 0:
-            ids = integers_of(tensor_at(address).src[1])
-            if not np.array_equal(ids, call.ids[done : done + len(ids)]):
-                raise LlamaError("llama.cpp reordered the rows of a batch", hint="run it through torch: --engine torch")
-            call.done[number] = done + len(ids)
-            return
+            raise LlamaError("llama.cpp reordered the rows of a batch", hint="run it through torch: --engine torch")
+        if stream_nD is None or not self._checked:
+            check_tensor(address)
+            stream_nD = rows_of(address, self._width)
         layer = self.layout.layers[number - 1]
-        stream_nD = rows_of(address, self._width)
-        order = call.outputs if layer == self._layers else call.whole
-        places = order[done : done + len(stream_nD)]
-        if len(places) != len(stream_nD):
-            raise LlamaError(f"node {self._names[number]} has {len(stream_nD)} rows, {len(places)} are expected")
-        call.done[number] = done + len(places)
-        if layer not in call.memory:
-            call.memory[layer] = torch.from_numpy(self.reader.take(call.ticket, layer))[0]
-        with torch.inference_mode():
-            for part in call.parts:
-                mine = np.flatnonzero((places >= part.first) & (places < part.first + part.count))
-                if len(mine):
-                    self._add(layer, part, stream_nD[mine[0] : mine[-1] + 1], call.memory[layer], places[mine])
-
-    def _add(
-        self, layer: int, part: _Part, stream_TD: NDArray[np.float32], memory_NE: Tensor, places: NDArray[np.int64]
-    ) -> None:
-        """Rewrite the stream of one slot's positions in place."""
-        gate, slot = self.gates[layer], self.slots[part.slot]
-        position = part.position + int(places[0]) - part.first
-        past = None
-        if gate.past and position and layer in slot.conv:
-            past = slot.conv[layer][max(0, position - gate.past) : position][None]
-        hidden = torch.from_numpy(stream_TD)[None]
-        memory_BTE = memory_NE[torch.from_numpy(places)][None]
+        begin = call.done.get(layer, 0)
+        call.done[layer] = end = begin + len(stream_nD)
+        alone = layer == self._layers  # the graph computes the wanted positions alone
+        if end > len(call.outputs if alone else call.ids):
+            raise LlamaError(f"node {self._names[number]} has {end} rows, more than the batch")
+        memory_NE = call.memory.get(layer)
+        if memory_NE is None:
+            call.memory[layer] = memory_NE = self.reader.take(call.ticket, layer)[0]
+        memory_nE = memory_NE[call.outputs[begin:end]] if alone else memory_NE[begin:end]
+        parts = call.wanted(begin, end) if alone else call.rows(begin, end)
         if self.watch is not None:
-            self.watch(part.slot, layer, gate.open(hidden[:, :, None], memory_BTE)[0].numpy())
-        out, inputs = gate.add(hidden, memory_BTE, past)
-        stream_TD[:] = out[0].numpy()
-        if inputs is not None:
-            slot.keep(layer, position, inputs[0])
+            self.gates.show(layer, parts, stream_nD, memory_nE, self.watch)
+        self.gates.add(layer, parts, stream_nD, memory_nE, self.slots)
 
     def counters(self) -> dict[str, int]:
         return self.reader.counters()
@@ -405,6 +377,7 @@ class LlamaSlots:
     def close(self) -> None:
         """Free the context and the model, and let go of the tables."""
         if self._context is not None:
+            self._c.llama_batch_free(self._batch)
             self._c.llama_free(self._context)
             self._c.llama_model_free(self._model)
             self._context = self._model = None

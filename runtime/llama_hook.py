@@ -118,11 +118,26 @@ def integers_of(address: int) -> NDArray[np.int32]:
     return np.array(np.ctypeslib.as_array(place, shape=(count,)))
 
 
+Hit = Callable[[int, int, "NDArray[np.float32] | None"], object]  # place of the name, address, rows
+
+
 class Filter(Protocol):
-    """Of a graph's nodes, those with one of some names go to `hit(place of the name, address)` once computed."""
+    """Of a graph's nodes, those with one of some names are told to `hit` once they were computed.
+
+    The first name is the node that looks token ids up: its ids are compared with those expected, and only others are
+    told. Of the other nodes, `hit` gets the rows [n, width] to be read and written in place, where they are contiguous
+    float32; None where they are not.
+    """
 
     callback: Any  # for llama_context_params.cb_eval
     user_data: Any
+
+    @property
+    def matched(self) -> int:
+        """Token ids that came by as expected."""
+
+    def expect(self, ids: NDArray[np.int32]) -> None:
+        """The token ids of the batch that comes next, in order."""
 
     def take_error(self) -> BaseException | None:
         """What a hit raised first, once. Nothing is called any more until it was taken."""
@@ -131,15 +146,24 @@ class Filter(Protocol):
 class CFilter:
     """The filter in C++: Python is entered for wanted nodes alone."""
 
-    def __init__(self, names: Sequence[str], hit: Callable[[int, int], object]) -> None:
+    def __init__(self, names: Sequence[str], width: int, hit: Hit) -> None:
         from engram.kernels import _C
 
         module = library()
         name_of = ctypes.cast(module._lib.ggml_get_name, ctypes.c_void_p).value
         assert name_of is not None
-        self._filter = _C.EvalFilter(name_of, list(names), hit)
+        self._filter = _C.EvalFilter(name_of, list(names), width, hit)
         self.callback = ctypes.cast(self._filter.callback, module.ggml_backend_sched_eval_callback)
         self.user_data = self._filter.user_data
+
+    @property
+    def matched(self) -> int:
+        """As Filter says."""
+        return self._filter.matched
+
+    def expect(self, ids: NDArray[np.int32]) -> None:
+        """As Filter says."""
+        self._filter.expect(ids)
 
     def take_error(self) -> BaseException | None:
         """As Filter says."""
@@ -149,25 +173,41 @@ class CFilter:
 class PythonFilter:
     """The same, to be read: entered for every node."""
 
-    def __init__(self, names: Sequence[str], hit: Callable[[int, int], object]) -> None:
+    def __init__(self, names: Sequence[str], width: int, hit: Hit) -> None:
         module = library()
-        places = {name.encode(): place for place, name in enumerate(names)}
-        name_of = _function("ggml_get_name", ctypes.c_char_p)
+        self._places = {name.encode(): place for place, name in enumerate(names)}
+        self._width, self._hit, self._name_of = width, hit, _function("ggml_get_name", ctypes.c_char_p)
         self._error: BaseException | None = None
-
-        def called(address: int, ask: bool, _: Any) -> bool:
-            place = places.get(name_of(address))
-            if ask:
-                return place is not None
-            if place is not None and self._error is None:
-                try:
-                    hit(place, address)
-                except BaseException as wrong:  # noqa: BLE001 - what leaves here would end the graph silently
-                    self._error = wrong
-            return True
-
-        self.callback = module.ggml_backend_sched_eval_callback(called)
+        self._expected = np.zeros(0, dtype=np.int32)
+        self.matched = 0
+        self.callback = module.ggml_backend_sched_eval_callback(self._called)
         self.user_data = None
+
+    def _called(self, address: int, ask: bool, _: Any) -> bool:
+        place = self._places.get(self._name_of(address))
+        if ask:
+            return place is not None
+        if place is not None and self._error is None:
+            try:
+                self._tell(place, address)
+            except BaseException as wrong:  # noqa: BLE001 - what leaves here would end the graph silently
+                self._error = wrong
+        return True
+
+    def _tell(self, place: int, address: int) -> None:
+        if place:
+            rows = rows_of(address, self._width) if _plain(tensor_at(address), self._width) else None
+            self._hit(place, address, rows)
+            return
+        ids = integers_of(tensor_at(address).src[1])
+        if np.array_equal(ids, self._expected[self.matched : self.matched + len(ids)]):
+            self.matched += len(ids)
+        else:
+            self._hit(place, address, None)
+
+    def expect(self, ids: NDArray[np.int32]) -> None:
+        """As Filter says."""
+        self._expected, self.matched = ids, 0
 
     def take_error(self) -> BaseException | None:
         """As Filter says."""
@@ -175,8 +215,13 @@ class PythonFilter:
         return found
 
 
-def make_filter(names: Sequence[str], hit: Callable[[int, int], object]) -> Filter:
+def _plain(tensor: Tensor, width: int) -> bool:
+    rows = tensor.ne[2] == tensor.ne[3] == 1 and tensor.ne[0] == width
+    return bool(tensor.type == F32 and rows and tensor.nb[0] == 4 and tensor.nb[1] == 4 * width)
+
+
+def make_filter(names: Sequence[str], width: int, hit: Hit) -> Filter:
     """The C++ filter where the extension is built, else the Python one."""
     from engram.kernels import dispatch
 
-    return PythonFilter(names, hit) if dispatch.name() == "reference" else CFilter(names, hit)
+    return (PythonFilter if dispatch.name() == "reference" else CFilter)(names, width, hit)

@@ -49,7 +49,7 @@ class Slots(Protocol):
         """Rows of tokens that will be fed next may be read from now on."""
 
     def step(self, feeds: Sequence[Feed]) -> list[Tensor]:
-        """Feed tokens; float32 logits [vocabulary] after the last one of each.
+        """Feed tokens; float32 logits [vocabulary] after the last one of each: they hold until the next step.
 
         After an error `reuse` rolls each of these slots back to a state that is whole.
         """
@@ -78,7 +78,7 @@ class OneSlot:
         self.model.ask([Feed(self.slot, ids)])
 
     def feed(self, ids: list[int]) -> Tensor:
-        """Feed tokens; float32 logits [vocabulary] after the last."""
+        """Feed tokens; float32 logits [vocabulary] after the last: they hold until the next step."""
         found: Tensor = self.model.step([Feed(self.slot, ids)])[0]
         return found
 

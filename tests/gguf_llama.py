@@ -14,12 +14,14 @@ LINEAR = {"attn_q": (WIDTH, WIDTH), "attn_k": (WIDTH // 2, WIDTH), "attn_v": (WI
           "ffn_down": (WIDTH, INNER)}  # fmt: skip
 
 
-def write_gguf(path: Path, *, kind: Types = Types.F32, architecture: str = "llama", vocab: int = VOCAB) -> Path:
-    """A random Llama of two blocks, 256 wide, as llama.cpp names its parts."""
+def write_gguf(
+    path: Path, *, kind: Types = Types.F32, architecture: str = "llama", vocab: int = VOCAB, blocks: int = BLOCKS
+) -> Path:
+    """A random Llama of a few blocks, 256 wide, as llama.cpp names its parts."""
     random, writer = np.random.default_rng(8), gguf.GGUFWriter(path, architecture)
     writer.add_context_length(128)
     writer.add_embedding_length(WIDTH)
-    writer.add_block_count(BLOCKS)
+    writer.add_block_count(blocks)
     writer.add_feed_forward_length(INNER)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
@@ -41,7 +43,7 @@ def write_gguf(path: Path, *, kind: Types = Types.F32, architecture: str = "llam
     matrix("token_embd.weight", vocab, WIDTH)
     matrix("output.weight", vocab, WIDTH)
     writer.add_tensor("output_norm.weight", np.ones(WIDTH, dtype=np.float32))
-    for block in range(BLOCKS):
+    for block in range(blocks):
         for norm in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{block}.{norm}.weight", np.ones(WIDTH, dtype=np.float32))
         for name, shape in LINEAR.items():

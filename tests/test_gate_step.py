@@ -162,7 +162,8 @@ def test_arrays_of_another_kind_are_refused(path: str) -> None:
             gate.step(arrays[0], memory, past[..., ::2])
         with pytest.raises(KernelError, match="gate kind 'wide' is not known"):
             make(**weights, kind="wide", eps=1e-6)
-        for hidden, rows in ((arrays[0], memory[..., :-1].copy()), (arrays[0], memory[:, :1]), (arrays[0][..., :4].copy(), memory)):
+        stream = arrays[0]
+        for hidden, rows in ((stream, memory[..., :-1].copy()), (stream, memory[:, :1]), (stream[..., :4].copy(), memory)):
             with pytest.raises(ValueError, match="do not fit"):
                 gate.step(hidden, rows)
         with pytest.raises(TypeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,13 +28,15 @@ from engram.runtime import generate, llama, llama_hook  # noqa: E402
 from engram.runtime.engine import EngineError, Model  # noqa: E402
 from engram.runtime.generate import RunConfig, open_session, run  # noqa: E402
 from engram.runtime.llama import LlamaSlots  # noqa: E402
-from engram.runtime.llama_hook import LlamaError, PythonFilter  # noqa: E402
+from engram.runtime.llama_hook import CFilter, LlamaError, PythonFilter  # noqa: E402
 from engram.runtime.slots import Feed  # noqa: E402
 
 TOKENS = np.random.default_rng(5).integers(0, VOCAB, 60).tolist()
 
 
-def package(folder: Path, *, strength: float = 0.5, last_conv: bool = False, layers: tuple[int, ...] = (1, 2)) -> Path:
+def package(
+    folder: Path, *, strength: float = 0.5, last_conv: bool = False, layers: tuple[int, ...] = (1, 2), blocks: int = 2
+) -> Path:
     """A random Llama of two blocks, memories before its second block (with a convolution) and at its end."""
     folder.mkdir()
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -42,7 +45,7 @@ def package(folder: Path, *, strength: float = 0.5, last_conv: bool = False, lay
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     (folder / "tokenizer").mkdir()
     tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
-    path = write_gguf(folder / "model.gguf")
+    path = write_gguf(folder / "model.gguf", blocks=blocks)
     layout = Layout.build(
         dialect="demo", orders=(2, 3), heads=2, head_dim=8, layers=layers, rows_per_head=300, pad_id=2,
         vocab_size=VOCAB, token_map=np.arange(VOCAB) // 2,
@@ -95,17 +98,23 @@ def opened(made: Path) -> Iterator[Callable[..., LlamaSlots]]:
 
 def logits_of(slots: LlamaSlots, ids: list[int], slot: int = 0) -> Tensor:
     """After each of some tokens, fed one by one: [T, vocabulary]."""
-    return torch.stack([slots.step([Feed(slot, [token])])[0] for token in ids])
+    return torch.stack([slots.step([Feed(slot, [token])])[0].clone() for token in ids])
 
 
-def plain_logits(folder: Path, ids: list[int]) -> Tensor:
-    """llama.cpp's own, without a callback, token by token."""
+def plain_logits(folder: Path, ids: list[int], control: tuple[int, Any] | None = None) -> Tensor:
+    """llama.cpp's own, without a callback, token by token; with what its control vector adds after a block."""
     c = llama_hook.library()
     path = str(folder / "backbone" / "model.gguf").encode()
     model = c.llama_model_load_from_file(path, c.llama_model_default_params())
     options = c.llama_context_default_params()
     options.n_ctx, options.n_threads, options.n_threads_batch, options.kv_unified = 128, 1, 1, True
     context, out = c.llama_init_from_model(model, options), []
+    if control is not None:
+        block, delta = control
+        every = np.zeros((c.llama_model_n_layer(model) - 1, WIDTH), dtype=np.float32)  # from block 1 on
+        every[block - 1] = delta
+        data = every.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        assert c.llama_set_adapter_cvec(context, data, every.size, WIDTH, block, block) == 0
     for position, token in enumerate(ids):
         batch = c.llama_batch_init(1, 0, 1)
         batch.n_tokens, batch.token[0], batch.pos[0], batch.n_seq_id[0], batch.seq_id[0][0] = 1, token, position, 1, 0
@@ -131,6 +140,23 @@ def torch_logits(folder: Path, ids: list[int], offload: str = "disk") -> Tensor:
 def test_a_memory_that_adds_nothing_leaves_llama_cpp_as_it_is(silent: Path, opened: Any) -> None:
     """Bit for bit: what is read and written back are the same values."""
     assert torch.equal(logits_of(opened(silent), TOKENS[:12]), plain_logits(silent, TOKENS[:12]))
+
+
+def test_a_constant_is_llama_cpps_own_control_vector(
+    tmp_path: Path, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written before block 2 is what llama.cpp itself adds after block 1, bit for bit."""
+    folder = package(tmp_path / "three", layers=(2,), blocks=3)
+    delta = np.random.default_rng(4).normal(size=WIDTH).astype(np.float32)
+
+    def add(self: Any, layer: int, parts: Any, stream_nD: Any, *_: Any) -> None:
+        stream_nD += delta
+
+    monkeypatch.setattr("engram.runtime.llama_gates.LayerGates.add", add)
+    found = logits_of(opened(folder), TOKENS[:10])
+    assert torch.equal(found, plain_logits(folder, TOKENS[:10], (2 - 1, delta)))
+    assert (found - plain_logits(folder, TOKENS[:10])).abs().max() > 1
+    assert not torch.equal(found, plain_logits(folder, TOKENS[:10], (2, delta)))
 
 
 def test_the_change_is_that_of_torch(made: Path, silent: Path, opened: Any) -> None:
@@ -209,11 +235,16 @@ def test_another_graph_is_refused_when_it_is_opened(opened: Any, monkeypatch: py
         opened()
 
 
-def test_rows_in_another_order_are_refused(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [CFilter, PythonFilter])
+def test_rows_in_another_order_are_refused(opened: Any, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    monkeypatch.setattr(llama, "make_filter", kind)
     slots = opened()
-    monkeypatch.setattr(llama, "integers_of", lambda address: llama_hook.integers_of(address)[::-1])
+    real = slots._filter.expect
+    slots._filter.expect = lambda ids: real(ids[::-1].copy())
     with pytest.raises(LlamaError, match="reordered the rows"):
         slots.step([Feed(0, TOKENS[:5])])
+    slots._filter.expect = real
+    assert slots.length(0) == 0 and torch.equal(logits_of(slots, TOKENS[:5]), logits_of(opened(), TOKENS[:5]))
 
 
 def test_what_cannot_be_mirrored_is_refused(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

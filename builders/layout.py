@@ -292,9 +292,11 @@ class Layout:
         """
         raw = np.asarray(ids_BT, dtype=np.int64)
         before = self._beginning(len(raw)) if history is None else history
-        wanted = self.layers if layers is None else layers
         each = len(self.orders) if self.rules.oldest_first else 1  # hashes that make a layer's columns
-        places = [self.layers.index(layer) * each + part for layer in wanted for part in range(each)]
+        wanted, places = self.layers, list(range(len(self.layers) * each))
+        if layers is not None:
+            wanted = tuple(layers)
+            places = [self.layers.index(layer) * each + part for layer in wanted for part in range(each)]
         start = None if start_BT is None else np.asarray(start_BT, dtype=bool)
         try:
             found = self._hasher().rows(

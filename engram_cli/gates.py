@@ -109,11 +109,11 @@ def _coloured(result: dict[str, Any]) -> None:
     console.print(Text(_title(result), "bold"))
     for name, figures in result["layers"].items():
         low, high = ends(figures, result["scale"])
-        line = Text(f"\nlayer {name}, mean {figures['mean']:.1%}: ")
-        line.append(f"{low:.1%} ")
+        line = Text(f"\nlayer {name}, mean {figures['mean']:.2%}: ")
+        line.append(f"{low:.2%} ")
         for step in range(16):
             line.append(" ", style(step / 15))
-        line.append(f" {high:.1%}")
+        line.append(f" {high:.2%}")
         console.print(line)
         shown = Text()
         for note in result["tokens"]:

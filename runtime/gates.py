@@ -189,15 +189,14 @@ def read(
 def _notes(
     explainer: Explainer, ids: list[int], texts: Sequence[str], opened: dict[int, NDArray[np.float32]]
 ) -> list[dict[str, Any]]:
-    """A token each: its part of the text, and what `engram serve` says of it."""
-    return [
-        {"text": text}
-        | explainer.token(
-            ids[max(0, at + 1 - explainer.context) : at + 1],
-            {layer: float(gate_T[at]) for layer, gate_T in opened.items()},
-        )
-        for at, text in enumerate(texts)
-    ]
+    """A token each: its part of the text, and what `engram serve` says of it, gates with more digits."""
+    found = []
+    for at, text in enumerate(texts):
+        recent = ids[max(0, at + 1 - explainer.context) : at + 1]
+        gates = {layer: float(gate_T[at]) for layer, gate_T in opened.items()}
+        exact = {str(layer): round(value, 6) for layer, value in gates.items()}
+        found.append({"text": text, **explainer.token(recent, gates), "gates": exact})
+    return found
 
 
 def _write(config: GatesConfig, result: dict[str, Any], progress: Progress) -> None:

@@ -145,7 +145,7 @@ def _table(result: dict[str, Any]) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.2f} %"
 
 
 def _quoted(text: str) -> str:

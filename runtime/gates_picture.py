@@ -116,7 +116,7 @@ def _legend(result: dict[str, Any], say: Any, box: Any) -> None:
     words = "100   numbers are percent, 100 is wide open"
     if not full:
         each = (
-            f"layer {name}: {100 * part['lowest']:.1f} to {100 * part['highest']:.1f}"
+            f"layer {name}: {100 * part['lowest']:.2f} to {100 * part['highest']:.2f}"
             for name, part in result["layers"].items()
         )
         words = "highest of each layer, in percent: " + ", ".join(each)

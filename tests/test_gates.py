@@ -308,6 +308,9 @@ def test_colours_are_the_gates(hostile: dict[str, Any]) -> None:
     fitted = [int(str(given["class"]).split()[1][1:]) for given in marks]
     assert (min(fitted), max(fitted)) == (0, 100)
     assert all(given["tabindex"] == "0" for given in marks)
+    for scale in ("full", "fit"):
+        tags = Shown(page({**hostile, "scale": scale})).tags
+        assert [given["id"] for tag, given in tags if tag == "input" and "checked" in given] == [scale]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
@@ -336,11 +339,12 @@ def test_a_browser_shows_the_page(hostile: dict[str, Any], tmp_path: Path, dark:
 # The picture
 
 
-def test_the_picture_has_the_colours_of_the_gates(hostile: dict[str, Any]) -> None:
+@pytest.mark.parametrize("scale", ["full", "fit"])
+def test_the_picture_has_the_colours_of_the_gates(hostile: dict[str, Any], scale: str) -> None:
     from matplotlib.image import imread
 
     says = Says()
-    pixels = (imread(io.BytesIO(draw(hostile, says)))[:, :, :3] * 255).round().astype(int)
+    pixels = (imread(io.BytesIO(draw({**hostile, "scale": scale}, says)))[:, :, :3] * 255).round().astype(int)
     assert 1500 < pixels.shape[1] < 1900 and "no sign for a character" in says.said[0]
     step = gates_picture._ROW * 3 + gates_picture._GAP
     for line, cells in enumerate(wrap([note["text"] for note in hostile["tokens"]])):
@@ -349,8 +353,16 @@ def test_the_picture_has_the_colours_of_the_gates(hostile: dict[str, Any]) -> No
                 y = gates_picture._TOP + line * step + gates_picture._ROW * (row + 1) + 0.04
                 x = gates_picture._LEFT + column * gates_picture._ADVANCE + 0.04
                 found = pixels[round(y * gates_picture.DPI), round(x * gates_picture.DPI)]
-                gate = hostile["tokens"][number]["gates"][layer]
-                np.testing.assert_allclose(found, background(gate), atol=2, err_msg=f"token {number}, layer {layer}")
+                gate, figures = hostile["tokens"][number]["gates"][layer], hostile["layers"][layer]
+                if scale == "fit":
+                    gate = (gate - figures["lowest"]) / (figures["highest"] - figures["lowest"])
+                expected = background(min(max(gate, 0.0), 1.0))
+                np.testing.assert_allclose(found, expected, atol=2, err_msg=f"token {number}, layer {layer}")
+
+
+def test_formulas_in_a_text_stay_text(hostile: dict[str, Any]) -> None:
+    note = {**hostile["tokens"][0], "text": "$\\frac{$"}  # an error to matplotlib
+    assert draw({**hostile, "tokens": [note], "package": "$\\frac{$"}).startswith(b"\x89PNG")
 
 
 def test_lines_of_the_picture_break_at_line_ends_and_hold_long_tokens() -> None:

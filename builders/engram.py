@@ -160,8 +160,11 @@ class Gate(nn.Module):
         )  # fmt: skip
         return torch.from_numpy(out).view(hidden.shape), None if made is None else torch.from_numpy(made)
 
-    def prepared(self) -> MemoryGate:
-        """The same for few positions outside torch: the path's operation over these float32 weights, not copies."""
+    def prepared(self, key_weight: Any = None, value_weight: Any = None) -> MemoryGate:
+        """The same for few positions outside torch: the path's operation over these float32 weights, not copies.
+
+        `key_weight` and `value_weight` stand in for this module's, the same in float16.
+        """
         config = self.config
 
         def array(weight: Tensor | None) -> Any:
@@ -173,8 +176,10 @@ class Gate(nn.Module):
                 array(self.norm_conv), array(self.conv_weight), config.conv_dilation, config.conv_eps
             )
         made: MemoryGate = dispatch.ops().MemoryGate(
-            key_weight_YE=array(self.key_proj.weight), key_bias_Y=array(self.key_proj.bias),
-            value_weight_DE=array(self.value_proj.weight), value_bias_D=array(self.value_proj.bias),
+            key_weight_YE=array(self.key_proj.weight) if key_weight is None else key_weight,
+            key_bias_Y=array(self.key_proj.bias),
+            value_weight_DE=array(self.value_proj.weight) if value_weight is None else value_weight,
+            value_bias_D=array(self.value_proj.bias),
             query_norm_MD=array(self.norm_query), key_norm_MD=array(self.norm_key), kind=config.kind, eps=config.eps,
             conv=conv,
         )  # fmt: skip

@@ -119,12 +119,15 @@ class Hasher(reference.Hasher):
         local: bool,
     ) -> list[Ints]:
         """Row ids [B, T, C] of each of the layers; KernelError for an id outside the vocabulary."""
-        ids_BT = np.ascontiguousarray(ids_BT)
-        out = [np.empty((*ids_BT.shape, len(self.orders) * self.heads), dtype=np.int64) for _ in layers]
-        wrong = self._hasher.rows(
-            ids_BT, None if start_BT is None else np.ascontiguousarray(start_BT), np.ascontiguousarray(past_ids_BJ),
-            np.ascontiguousarray(past_start_BJ), np.ascontiguousarray(past_stop_BJ), list(layers), local, out,
-        )  # fmt: skip
+        shape = (len(layers), *ids_BT.shape, len(self.orders) * self.heads)
+        out = list(np.empty(shape, dtype=np.int64))
+        rows, places, whole = self._hasher.rows, list(layers), np.ascontiguousarray
+        try:
+            wrong = rows(ids_BT, start_BT, past_ids_BJ, past_start_BJ, past_stop_BJ, places, local, out)
+        except TypeError:  # some of them lie with gaps
+            start = None if start_BT is None else whole(start_BT)
+            past = whole(past_ids_BJ), whole(past_start_BJ), whole(past_stop_BJ)
+            wrong = rows(whole(ids_BT), start, *past, places, local, out)
         if wrong >= 0:
             raise id_outside(ids_BT, self.vocab_size)
         return out
@@ -181,7 +184,7 @@ class MemoryGate(reference.MemoryGate):
             wanted += [("conv norm", conv.norm_MD, (branches, width)),
                        ("conv weight", conv.weight_XW, (wide, conv.weight_XW.shape[-1]))]  # fmt: skip
         for name, array, shape in wanted:
-            if array is not None:
+            if array is not None and not (name in ("key weight", "value weight") and array.dtype == np.float16):
                 _check_singles(name, array, shape)
         self.prepared = _C.MemoryGate(
             self.key_weight_YE, self.key_bias_Y, self.value_weight_DE, self.value_bias_D, self.query_norm_MD,

@@ -429,16 +429,16 @@ def gate_step(
 class MemoryGate:
     """One layer's gate with its weights, for a few positions: memory and the residual stream in, the stream out.
 
-    Letters as in builders/engram.py; Y = M * D. Weights are float32: key [Y, E], value [D, E], biases [Y] and [D] or
-    None, norms [M, D].
+    Letters as in builders/engram.py; Y = M * D. Weights are float32: key [Y, E], value [D, E] (these two may be
+    float16: they are widened, which is exact), biases [Y] and [D] or None, norms [M, D].
     """
 
     def __init__(
         self,
         *,
-        key_weight_YE: Singles,
+        key_weight_YE: Floats,
         key_bias_Y: Singles | None,
-        value_weight_DE: Singles,
+        value_weight_DE: Floats,
         value_bias_D: Singles | None,
         query_norm_MD: Singles,
         key_norm_MD: Singles,

@@ -23,6 +23,7 @@ from engram.builders.backbone import BackboneRef
 from engram.builders.engram import FEW
 from engram.builders.layout import Layout
 from engram.builders.tokenizer import load_tokenizer, special_tokens
+from engram.kernels import dispatch
 from engram.quantize.package import Package, open_package
 from engram.runtime.llama_gates import LayerGates, Part
 from engram.runtime.llama_hook import (
@@ -38,6 +39,7 @@ from engram.runtime.reader import RowReader, Ticket
 from engram.runtime.slots import Feed, OneSlot, Watch
 
 BATCH = 512  # tokens of one llama_decode
+_SLOW = ("reference", "cpp-baseline")  # paths that widen halves one by one
 _EMBEDDED = "embd"  # the node that looks token ids up: they are its second source
 
 
@@ -116,7 +118,8 @@ class LlamaSlots:
         self._c = library()
         self._model = self._load(path)
         self._layers, self._width = int(self._c.llama_model_n_layer(self._model)), self._embedding()
-        self.gates = LayerGates(package, self._width, self._layers)
+        halves = self._bits() <= 16 and dispatch.name() not in _SLOW
+        self.gates = LayerGates(package, self._width, self._layers, halves=halves)
         self.vocab_size = int(self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self._model)))
         if self.layout.vocab_size > self.vocab_size:
             raise LlamaError(f"the layout has {self.layout.vocab_size} token ids, {path} embeds {self.vocab_size}")
@@ -132,7 +135,7 @@ class LlamaSlots:
         self._context = self._new_context(threads, micro_batch)
         self._batch = self._c.llama_batch_init(self.batch, 0, 1)
         self._call: _Call | None = None
-        self._asked: tuple[list[Feed], list[int], Ticket] | None = None
+        self._asked: tuple[list[int], list[Part], Ticket] | None = None
         self._checked = False
         self._kept: list[tuple[Tensor, int]] = []  # logits of a step's feeds, and their address
         self.slots = [Slot(self.context) for _ in range(count)]
@@ -169,6 +172,10 @@ class LlamaSlots:
     def _embedding(self) -> int:
         return int(self._c.llama_model_n_embd(self._model))
 
+    def _bits(self) -> float:
+        """Bits a weight of the backbone, in the mean."""
+        return 8 * float(self._c.llama_model_size(self._model)) / float(self._c.llama_model_n_params(self._model))
+
     def _node(self, layer: int) -> str:
         """Name of the node whose values enter block `layer`, or that the head reads."""
         if layer == 0:
@@ -201,7 +208,8 @@ class LlamaSlots:
     @property
     def engine(self) -> str:
         """Which library computes, and its release."""
-        return f"llama.cpp (llama-cpp-python {library_version()})"
+        gates = "float16" if self.gates.halves else "float32"
+        return f"llama.cpp (llama-cpp-python {library_version()}), gates in {gates}"
 
     def session(self) -> OneSlot:
         """The first slot, as generation sees it."""
@@ -237,9 +245,13 @@ class LlamaSlots:
         self.slots[slot].length = length
 
     def ask(self, feeds: Sequence[Feed]) -> None:
-        if sum(len(feed.ids) for feed in feeds) <= self.batch:
-            lengths = [self.length(feed.slot) for feed in feeds]
-            self._asked = list(feeds), lengths, self.reader.ask(self._rows(feeds))
+        ids: list[int] = []
+        parts = []
+        for feed in feeds:
+            parts.append(Part(feed.slot, len(ids), len(feed.ids), self.slots[feed.slot].length))
+            ids += feed.ids
+        if len(ids) <= self.batch:
+            self._asked = ids, parts, self.reader.ask(self._rows(feeds))
 
     def _rows(self, feeds: Sequence[Feed]) -> dict[int, NDArray[np.int64]]:
         """Row ids of a batch, by layer: [1, N, C]."""
@@ -257,6 +269,9 @@ class LlamaSlots:
                     f"{self.length(feed.slot) + len(feed.ids)} tokens exceed the context of {self.context}",
                     hint="shorten the prompt or lower --max-tokens",
                 )
+        if sum(len(feed.ids) for feed in feeds) <= self.batch:
+            self._decode(feeds, list(range(len(feeds))))
+            return [self._kept[place][0] for place in range(len(feeds))]
         waiting = [(place, feed.slot, list(feed.ids)) for place, feed in enumerate(feeds)]
         while waiting:
             room, now, later = self.batch, [], []
@@ -271,16 +286,16 @@ class LlamaSlots:
             waiting = later
         return [self._kept[place][0] for place in range(len(feeds))]
 
-    def _decode(self, feeds: list[Feed], wanted: list[int | None]) -> None:
+    def _decode(self, feeds: Sequence[Feed], wanted: Sequence[int | None]) -> None:
         """One llama_decode; logits after the last token of a feed are kept at the place wanted, if any."""
         ids: list[int] = []
         parts, outputs = [], []
         for feed, place in zip(feeds, wanted, strict=True):
-            parts.append(Part(feed.slot, len(ids), len(feed.ids), self.length(feed.slot)))
+            parts.append(Part(feed.slot, len(ids), len(feed.ids), self.slots[feed.slot].length))
             ids += feed.ids
             if place is not None:
                 outputs.append(len(ids) - 1)
-        if self._asked is not None and self._asked[:2] == (feeds, [part.position for part in parts]):
+        if self._asked is not None and self._asked[0] == ids and self._asked[1] == parts:
             ticket = self._asked[2]
         else:
             ticket = self.reader.ask(self._rows(feeds))

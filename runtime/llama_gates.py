@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,13 +38,19 @@ class HasInputs(Protocol):
 class LayerGates:
     """Gates by layer, with their weights side by side in large pages where the system has them.
 
-    A decode step reads all of these weights once, from memory: the backbone's have pushed them out of the caches.
+    A decode step reads all of these weights once, from memory: the backbone's have pushed them out of the caches. With
+    `halves` the two projections are rounded to float16, which a backbone of at most 16 bits a weight does not notice.
     """
 
-    def __init__(self, package: Package, width: int, blocks: int) -> None:
+    def __init__(self, package: Package, width: int, blocks: int, *, halves: bool) -> None:
         """Raises LlamaError for a gate that the backbone (its width, its number of blocks) has no place for."""
         self._gates: dict[int, Gate] = {}
-        dense = _in_large_pages(package.dense())
+        dense = package.dense()
+        self.halves = halves and all(_fits_halves(arrays[name]) for arrays in dense.values() for name in _PROJECTIONS)
+        if self.halves:
+            dense = {layer: {name: _rounded(array) if name in _PROJECTIONS else array for name, array in arrays.items()}
+                     for layer, arrays in dense.items()}  # fmt: skip
+        packed = _in_large_pages(dense)
         for layer in package.layout.layers:
             config = GateConfig.from_json(package.manifest["gate"][str(layer)])
             if layer > blocks or config.hidden != width or config.branches != 1:
@@ -58,9 +64,13 @@ class LayerGates:
                     "alone: a convolution there cannot be mirrored", hint="run it through torch: --engine torch",
                 )  # fmt: skip
             gate = Gate(config).eval().requires_grad_(False)
-            gate.load_state_dict({name: torch.from_numpy(v) for name, v in dense[layer].items()}, assign=True)
+            values = {name: torch.from_numpy(v.astype(np.float32, copy=False)) for name, v in packed[layer].items()}
+            gate.load_state_dict(values, assign=True)
             self._gates[layer] = gate
-        self._steps = {layer: gate.prepared() for layer, gate in self._gates.items()}  # of few positions
+        self._steps = {  # of few positions
+            layer: gate.prepared(*(packed[layer][name] for name in _PROJECTIONS))
+            for layer, gate in self._gates.items()
+        }
         self._past = {layer: gate.past for layer, gate in self._gates.items()}
 
     def show(self, layer: int, parts: Sequence[Part], stream_nD: Singles, memory_nE: Singles, watch: Watch) -> None:
@@ -140,23 +150,36 @@ class LayerGates:
             buffer[position:end] = inputs_TX
 
 
-def _in_large_pages(dense: Mapping[int, Mapping[str, NDArray[np.generic]]]) -> dict[int, dict[str, Singles]]:
+_PROJECTIONS = ("key_proj.weight", "value_proj.weight")
+
+
+def _fits_halves(array: NDArray[np.floating[Any]]) -> bool:
+    return bool(np.abs(array).max(initial=0) <= np.finfo(np.float16).max)
+
+
+def _rounded(array: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    return array.astype(np.float16)
+
+
+def _in_large_pages(
+    dense: Mapping[int, Mapping[str, NDArray[np.floating[Any]]]],
+) -> dict[int, dict[str, NDArray[np.floating[Any]]]]:
     """Weights copied one after another, each on a cache line, in memory whose pages the system may make large.
 
     A processor fetches ahead within a page: 30 GB/s from pages of 2 MiB against 24 from those of 4 KiB.
     """
     line = 64
-    room = sum(-(-4 * array.size // line) * line for arrays in dense.values() for array in arrays.values())
+    room = sum(-(-array.nbytes // line) * line for arrays in dense.values() for array in arrays.values())
     memory = mmap.mmap(-1, max(room, 1))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    made: dict[int, dict[str, Singles]] = {}
+    made: dict[int, dict[str, NDArray[np.floating[Any]]]] = {}
     place = 0
     for layer, arrays in dense.items():
         made[layer] = {}
         for name, array in arrays.items():
-            copy = np.frombuffer(memory, np.float32, array.size, place).reshape(array.shape)
+            copy = np.frombuffer(memory, array.dtype, array.size, place).reshape(array.shape)
             copy[...] = array
             made[layer][name] = copy
-            place += -(-4 * array.size // line) * line
+            place += -(-array.nbytes // line) * line
     return made

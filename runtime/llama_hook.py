@@ -127,8 +127,8 @@ class Filter(Protocol):
     """Of a graph's nodes, those with one of some names are told to `hit` once they were computed.
 
     The first name is the node that looks token ids up: its ids are compared with those expected, and only others are
-    told; of one id alone nothing is compared. Of the other nodes, `hit` gets the rows [n, width] to be read and written in place, where they are contiguous
-    float32; None where they are not.
+    told; of one id alone nothing is compared. Of the other nodes, `hit` gets the rows [n, width] to be read and written
+    in place, where they are contiguous float32; None where they are not.
     """
 
     callback: Any  # for llama_context_params.cb_eval

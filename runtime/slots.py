@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +12,7 @@ from torch import Tensor
 Watch = Callable[[int, int, NDArray[np.float32]], None]  # slot, layer, how far the gate opens [T, M]
 
 
-@dataclass(frozen=True)
-class Feed:
+class Feed(NamedTuple):
     """Tokens that continue one slot's timeline."""
 
     slot: int

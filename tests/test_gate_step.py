@@ -118,19 +118,22 @@ def test_the_module_gives_the_same_by_both_ways(dialect: str, branches: int) -> 
 
 @pytest.mark.parametrize("path", [*CPP, "reference"])
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize(
     ("positions", "memory", "branches", "width"), [(1, 512, 1, 576), (3, 100, 2, 33), (16, 63, 1, 5), (2, 2048, 4, 640)]
 )
 def test_keys_and_values_are_projected(
-    path: str, biased: bool, positions: int, memory: int, branches: int, width: int
+    path: str, biased: bool, dtype: Any, positions: int, memory: int, branches: int, width: int
 ) -> None:
-    """Against float64; the gate is held open (a plain one over a large key), so that only the values' sums differ."""
+    """Against float64, weights widened exactly; the gate is held open (a plain one over a large key), so that only the values' sums differ."""
     rng = np.random.default_rng(width)
     wide = branches * width
     hidden, stored, key, value = (
         rng.standard_normal(shape).astype(np.float32)
         for shape in [(1, positions, branches, width), (1, positions, memory), (wide, memory), (width, memory)]
     )
+    key, value = (weight.astype(dtype) for weight in (key, value))
+    key[0, :3] = [6e-8, -3e-5, 0.0]  # subnormal halves
     ones = np.ones((branches, width), dtype=np.float32)
     biases = [rng.standard_normal(n).astype(np.float32) if biased else None for n in (wide, width)]
     names = ("key_weight_YE", "key_bias_Y", "value_weight_DE", "value_bias_D", "query_norm_MD", "key_norm_MD")

@@ -13,15 +13,23 @@ void project(const Project& p) {
     parallel_for(p.outs, ALONE / each + 1, 0, [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 
+bool is_half(const Matrix& weight) {
+    const auto type = weight.dtype();
+    return type.code == uint8_t(nb::dlpack::dtype_code::Float) && type.bits == 16 && type.lanes == 1;
+}
+
 }  // namespace
 
-MemoryGate::MemoryGate(Singles<2> key_weight, std::optional<Singles<1>> key_bias, Singles<2> value_weight,
+MemoryGate::MemoryGate(Matrix key_weight, std::optional<Singles<1>> key_bias, Matrix value_weight,
                        std::optional<Singles<1>> value_bias, Singles<2> query_norm, Singles<2> key_norm, double eps,
                        int kind, std::optional<Singles<2>> conv_norm, std::optional<Singles<2>> conv_weight,
                        int64_t dilation, double conv_eps)
     : key_weight_(key_weight), value_weight_(value_weight), query_norm_(query_norm), key_norm_(key_norm),
       key_bias_(key_bias), value_bias_(value_bias), conv_norm_(conv_norm), conv_weight_(conv_weight), eps_(eps),
       conv_eps_(conv_eps), kind_(kind), dilation_(dilation) {
+    for (const Matrix* weight : {&key_weight_, &value_weight_})
+        if (weight->dtype() != nb::dtype<float>() && !is_half(*weight))
+            throw std::invalid_argument("weights of another type than float32 and float16");
     if (conv_weight_ && (conv_weight_->shape(1) > 64 || !conv_norm_))
         throw std::invalid_argument("a convolution of this kind");
 }
@@ -47,8 +55,9 @@ void MemoryGate::run(const float* hidden, const Singles<3>& memory, const std::o
     s.conv_norm = data_of(conv_norm_), s.conv_weight = data_of(conv_weight_);
     s.kept = past ? int64_t(past->shape(1)) : 0, s.past = data_of(past);
     s.out = out, s.inputs = inputs;
-    project({positions, E, wide, memory.data(), key_weight_.data(), data_of(key_bias_), key.data()});
-    project({positions, E, s.width, memory.data(), value_weight_.data(), data_of(value_bias_), value.data()});
+    project({positions, E, wide, memory.data(), key_weight_.data(), is_half(key_weight_), data_of(key_bias_), key.data()});
+    project({positions, E, s.width, memory.data(), value_weight_.data(), is_half(value_weight_), data_of(value_bias_),
+             value.data()});
     active_table().gate_step(s);
 }
 
@@ -76,7 +85,7 @@ void step(const MemoryGate& gate, const Singles<4>& hidden, const Singles<3>& me
 void bind_gate(nanobind::module_& m) {
     using namespace engram;
     nb::class_<MemoryGate>(m, "MemoryGate")
-        .def(nb::init<Singles<2>, std::optional<Singles<1>>, Singles<2>, std::optional<Singles<1>>, Singles<2>,
+        .def(nb::init<Matrix, std::optional<Singles<1>>, Matrix, std::optional<Singles<1>>, Singles<2>,
                       Singles<2>, double, int, std::optional<Singles<2>>, std::optional<Singles<2>>, int64_t, double>(),
              nb::arg().noconvert(), nb::arg().noconvert().none(), nb::arg().noconvert(), nb::arg().noconvert().none(),
              nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg().noconvert().none(),

@@ -24,9 +24,12 @@ using RunGateStep = void (*)(const GateStep&);
 
 // A linear map of a few vectors: out[n, o] = <in[n], weight[o]> + bias[o].
 struct Project {
-    int64_t count, width, outs;        // N, E, O
-    const float *in, *weight, *bias;   // [N, E], [O, E], [O] or null
-    float* out;                        // [N, O]
+    int64_t count, width, outs;  // N, E, O
+    const float* in;             // [N, E]
+    const void* weight;          // [O, E], float or, if `half`, IEEE half
+    bool half;
+    const float* bias;           // [O] or null
+    float* out;                  // [N, O]
 };
 
 using RunProject = void (*)(const Project&, int64_t begin, int64_t end);  // outs begin … end - 1

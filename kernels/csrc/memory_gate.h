@@ -15,13 +15,14 @@ namespace engram {
 namespace nb = nanobind;
 template <size_t N> using Singles = nb::ndarray<const float, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 template <size_t N> using SinglesOut = nb::ndarray<float, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // of float or IEEE half
 using Flags = nb::ndarray<const bool, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 template <class A> auto* data_of(const std::optional<A>& a) { return a ? a->data() : nullptr; }
 
 class MemoryGate {
 public:
-    MemoryGate(Singles<2> key_weight, std::optional<Singles<1>> key_bias, Singles<2> value_weight,
+    MemoryGate(Matrix key_weight, std::optional<Singles<1>> key_bias, Matrix value_weight,
                std::optional<Singles<1>> value_bias, Singles<2> query_norm, Singles<2> key_norm, double eps, int kind,
                std::optional<Singles<2>> conv_norm, std::optional<Singles<2>> conv_weight, int64_t dilation,
                double conv_eps);
@@ -35,7 +36,8 @@ public:
              float* out, float* inputs) const;
 
 private:
-    Singles<2> key_weight_, value_weight_, query_norm_, key_norm_;
+    Matrix key_weight_, value_weight_;
+    Singles<2> query_norm_, key_norm_;
     std::optional<Singles<1>> key_bias_, value_bias_;
     std::optional<Singles<2>> conv_norm_, conv_weight_;
     double eps_, conv_eps_;

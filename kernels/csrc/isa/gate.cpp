@@ -4,6 +4,11 @@
 
 #include <math.h>
 #include <string.h>
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
 
 namespace engram::ENGRAM_ISA {
 namespace {
@@ -132,25 +137,69 @@ void run(const GateStep& s) {
 
 constexpr int WIDE = 64;
 
+// IEEE half to float, exactly.
+inline float widened(uint16_t h) {
+    const uint32_t sign = uint32_t(h & 0x8000u) << 16, size = h & 0x7FFFu;
+    float value;
+    if (size >= 0x7C00u) {  // infinity, or not a number
+        const uint32_t bits = 0x7F800000u | (size << 13);
+        memcpy(&value, &bits, 4);
+    } else if (size >= 0x400u) {
+        const uint32_t bits = (size << 13) + (112u << 23);
+        memcpy(&value, &bits, 4);
+    } else {
+        value = float(size) * (1.0f / 16777216);  // 2^-24: a subnormal
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    bits |= sign;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline void widen(const float* from, float* to) { memcpy(to, from, WIDE * sizeof(float)); }
+inline void widen(const uint16_t* from, float* to) {
+#if defined(__AVX512F__)
+    for (int i = 0; i < WIDE; i += 16)
+        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + i))));
+#elif defined(__F16C__)
+    for (int i = 0; i < WIDE; i += 8)
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+#elif defined(__ARM_NEON)
+    for (int i = 0; i < WIDE; i += 4) vst1q_f32(to + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + i))));
+#else
+    for (int i = 0; i < WIDE; ++i) to[i] = widened(from[i]);
+#endif
+}
+inline float one(float w) { return w; }
+inline float one(uint16_t w) { return widened(w); }
+
 // <x, w> in fp32 lanes. One row after another, from front to end: weights come from memory, and a processor fetches one
 // stream ahead about twice as fast as four (24 GB/s against 13, measured on an EPYC).
-float dot(const float* x, const float* w, int64_t E) {
-    float sums[WIDE] = {};
+template <class T> float dot(const float* x, const T* w, int64_t E) {
+    float sums[WIDE] = {}, wide[WIDE];
     int64_t e = 0;
-    for (; e + WIDE <= E; e += WIDE)
-        for (int i = 0; i < WIDE; ++i) sums[i] += x[e + i] * w[e + i];
+    for (; e + WIDE <= E; e += WIDE) {
+        widen(w + e, wide);
+        for (int i = 0; i < WIDE; ++i) sums[i] += x[e + i] * wide[i];
+    }
     for (int half = WIDE / 2; half; half /= 2)
         for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
     float sum = sums[0];
-    for (; e < E; ++e) sum += x[e] * w[e];
+    for (; e < E; ++e) sum += x[e] * one(w[e]);
     return sum;
 }
 
-void multiply(const Project& p, int64_t begin, int64_t end) {
+template <class T> void multiply_by(const Project& p, int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; ++o)
         for (int64_t n = 0; n < p.count; ++n)
             p.out[n * p.outs + o] =
-                dot(p.in + n * p.width, p.weight + o * p.width, p.width) + (p.bias ? p.bias[o] : 0.0f);
+                dot(p.in + n * p.width, static_cast<const T*>(p.weight) + o * p.width, p.width) +
+                (p.bias ? p.bias[o] : 0.0f);
+}
+
+void multiply(const Project& p, int64_t begin, int64_t end) {
+    p.half ? multiply_by<uint16_t>(p, begin, end) : multiply_by<float>(p, begin, end);
 }
 
 }  // namespace

@@ -42,6 +42,16 @@ GOLDEN = {
         {1: ((3825198, 25082324), (130396842, 158793061), (270579285, 286667527)),
          14: ((10788777, 25656325), (140250258, 153848746), (261413609, 281467364))},
     ),
+    "engram-peft": Golden(
+        "engram-peft 1.2.7",
+        {"dialect": "engram-peft", "orders": (2, 3), "heads": 8, "head_dim": 64, "layers": (1, 14),
+         "rows_per_head": 141400, "pad_id": 2, "vocab_size": 98627},
+        (83894, 62821, 50411),
+        {1: ((118896, 112702, 136526, 95031, 3497, 43328, 140643, 80096),
+             (12005, 140429, 135585, 49002, 23582, 33276, 127206, 12452)),
+         14: ((20650, 56544, 31726, 100828), (1037, 75561, 49853, 36350))},
+        local=True,
+    ),
     "qwen-ple": Golden(
         "Qwen3.8-Flash-Next",
         {"dialect": "qwen-ple", "orders": (2, 3), "heads": 8, "head_dim": 160, "layers": (1,), "seed": 1234,
@@ -98,7 +108,7 @@ def constant_problems(layout: Layout) -> tuple[int, list[str]]:
         checked += len(derived)
         if stored != derived:
             problems.append(f"layer {layer} has the multipliers {list(stored)}, its dialect makes {list(derived)}")
-    if layout.dialect in ("demo", "v41", "qwen-ple"):
+    if layout.dialect in ("demo", "v41", "engram-peft", "qwen-ple"):
         every = [modulus for layer in layout.layers for heads in layout.primes[layer] for modulus in heads]
         checked += len(every)
         if wrong := [modulus for modulus in every if not is_prime(modulus)]:

@@ -20,14 +20,17 @@ class Dialect:
 
     `raw`: token ids are hashed as they are, and those below zero are refused; `resets`: no look-back crosses a token
     that ends a text; `dead_negative`: ids below zero are dead; `sums`: products are added, with multipliers of their
-    own for every column, instead of combined by XOR; `fill`: stands for what a look-back may not see (None: `reset_id`,
-    or the padding token); `multiple`: a stored table is padded to a multiple of this many rows.
+    own for every column, instead of combined by XOR; `oldest_first`: the first multiplier is that of the oldest token
+    that the highest order sees, and lower orders take the oldest of those tokens; `fill`: stands for what a look-back
+    may not see (None: `reset_id`, or the padding token); `multiple`: a stored table is padded to a multiple of this
+    many rows.
     """
 
     raw: bool = False
     resets: bool = False
     dead_negative: bool = False
     sums: bool = False
+    oldest_first: bool = False
     fill: int | None = None
     multiple: int = 1
 
@@ -37,6 +40,7 @@ DIALECTS = {
     "v41": Dialect(dead_negative=True),  # DeepSeek-V4.1-Flash
     "qwen-ple": Dialect(raw=True, resets=True, multiple=128),  # Qwen3.8-Flash-Next
     "longcat": Dialect(raw=True, resets=True, sums=True, fill=0),  # LongCat-Flash-Lite
+    "engram-peft": Dialect(oldest_first=True),  # adapters of the package of that name
     "identity": Dialect(raw=True),  # per-token tables (Gemma 3n and 4): row = heads * id + head
 }
 
@@ -47,7 +51,7 @@ def _half_bound(vocab_size: int) -> int:
 
 
 def pcg_multipliers(compressed_size: int, layer: int, count: int, seed: int) -> tuple[int, ...]:
-    """Odd multipliers of the demo and of V4.1: 2r + 1 with r from numpy's PCG64, seeded by seed + 10007 * layer."""
+    """Odd multipliers of demo, v41, engram-peft: 2r + 1 with r from numpy's PCG64, seeded by seed + 10007 * layer."""
     generator = np.random.default_rng(seed + _LAYER_STRIDE * layer)
     draws = generator.integers(0, _half_bound(compressed_size), size=count, dtype=np.int64)
     return tuple(2 * int(draw) + 1 for draw in draws)

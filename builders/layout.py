@@ -152,25 +152,28 @@ class Layout:
         table_rows: Mapping[int, int] | None = None,
         seed: int = 0,
         token_map: Ints | None = None,
+        compressed_size: int | None = None,
         reset_id: int | None = None,
         dead_ids: Sequence[int] = (),
         tokenizer_sha256: str = "",
     ) -> Layout:
         """Derive multipliers and moduli by the dialect's rules, from what its published checkpoints state.
 
-        demo, v41, qwen-ple: `rows_per_head` is where the search for primes starts, one number or one for each order.
-        identity: `rows_per_head` is the number of ids that have rows; without it, all. longcat: the `moduli` of all
-        columns, order-major, the same in every layer. Any dialect: `multipliers` and `primes`, as they are stored for
-        its only layer, order-major. `vocab_size` is the number of raw ids; with a token map the number of distinct
-        compressed ids is taken from it. `table_rows` are those stored, by layer; without them they are the sums of the
-        moduli, up to the next multiple of `multiple` (without it: the dialect's).
+        demo, v41, engram-peft, qwen-ple: `rows_per_head` is where the search for primes starts, one number or one for
+        each order. identity: `rows_per_head` is the number of ids that have rows; without it, all. longcat: the
+        `moduli` of all columns, order-major, the same in every layer. Any dialect: `multipliers` and `primes`, as they
+        are stored for its only layer, order-major. `vocab_size` is the number of raw ids. `compressed_size` bounds the
+        multipliers; without it, it is one more than the largest id of the token map. `table_rows` are those stored, by
+        layer; without them they are the sums of the moduli, up to the next multiple of `multiple` (without it: the
+        dialect's).
 
         Raises LayoutError where a value breaks a rule.
         """
         _check_choices(dialect, orders, layers, heads)
         if multiple is not None and multiple < 1:
             raise LayoutError(f"multiple {multiple} must be at least 1")
-        compressed = vocab_size if token_map is None else int(token_map.max()) + 1
+        if (compressed := compressed_size) is None:
+            compressed = vocab_size if token_map is None else int(token_map.max()) + 1
         by_layer, moduli_by_layer = _constants(
             dialect, orders, heads, layers, compressed, seed, rows_per_head, moduli, multipliers, primes
         )
@@ -225,11 +228,15 @@ class Layout:
                 primes=[[prime for heads in self.primes[layer] for prime in heads] for layer in self.layers],
                 offsets=[self.offsets(layer).tolist() for layer in self.layers], dead_ids=self.dead_ids,
                 dead_negative=self.rules.dead_negative, reset_id=self.reset_id, fill=fill, sums=self.rules.sums,
+                oldest_first=self.rules.oldest_first,
             )  # fmt: skip
         return self._hashers[path]
 
     def compress(self, ids_BT: Ints) -> Ints:
-        """Compressed ids, elementwise; negative ids pass through (demo and V4.1), any other outsider is an error."""
+        """Compressed ids, elementwise; negative ids pass through where ids may be compressed.
+
+        Raises LayoutError for any other id outside the vocabulary.
+        """
         try:
             return self._hasher().compress(np.asarray(ids_BT, dtype=np.int64))
         except KernelError as wrong:

@@ -19,7 +19,7 @@ from engram.builders.backbone import BackboneRef
 from engram.builders.checkpoint import TOKENIZER_FILES, table_file
 from engram.builders.families.family import Published
 from engram.builders.families.known import find_published
-from engram.builders.families.layouts import COMPRESSING, layout_of
+from engram.builders.families.layouts import compresses, layout_of
 from engram.builders.fetch import hash_file
 from engram.builders.layout import Layout
 from engram.builders.process_memory import resident_bytes
@@ -201,7 +201,7 @@ def _finish(
     layout.save_map(folder)
     names = [TOKEN_MAP] if layout.token_map is not None else []
     home = config.source if config.source.is_dir() else config.source.parent
-    if config.tokenizer is not None or found.dialect in COMPRESSING or (home / TOKENIZER_FILES[0]).is_file():
+    if config.tokenizer is not None or compresses(found) or (home / TOKENIZER_FILES[0]).is_file():
         from engram.builders.tokenizer import save_tokenizer
 
         save_tokenizer(config.tokenizer or home, folder)

@@ -220,14 +220,15 @@ def test_hash_equals_the_reference(gpu: Any, batch: int, length: int, kept: int)
     dead, start, stop = random_flags(random, batch, length, kept)
     multipliers = random.integers(-(1 << 63), 1 << 63, (2, depth))
     primes = random.integers(2, 1 << 33, (2, 2, 3))
-    for mapped in (True, False):
+    for mapped, oldest_first in ((True, False), (False, False), (True, True)):
         constants = gpu.HashConstants.of(
-            multipliers.tolist(), orders, primes.tolist(), fill=fill, vocab_size=200,
+            multipliers.tolist(), orders, primes.tolist(), fill=fill, vocab_size=200, oldest_first=oldest_first,
             token_map_V=token_map if mapped else None, device=DEVICE,
         )  # fmt: skip
         got = gpu.hash_layers(on(ids), on(dead), on(start), on(stop), on(history), constants).cpu().numpy()
         tokens = np.where(ids >= 0, token_map[np.maximum(ids, 0)], ids) if mapped else ids
         back = reference.look_back(tokens, dead, start, stop, history, fill=fill, depth=depth)
+        back = back[..., ::-1] if oldest_first else back
         for layer in range(2):
             local = reference.hash_ngrams(back, multipliers[layer].tolist(), orders, primes[layer].tolist())
             first = np.cumsum([0, *primes[layer].reshape(-1)[:-1]])
@@ -256,13 +257,13 @@ def test_sums_equal_the_reference(gpu: Any, length: int) -> None:
         np.testing.assert_array_equal(got[layer], local + np.cumsum([0, *moduli[:-1]]))
 
 
-@pytest.mark.parametrize("dialect", ["demo", "v41", "qwen-ple", "longcat", "identity"])
+@pytest.mark.parametrize("dialect", ["demo", "v41", "engram-peft", "qwen-ple", "longcat", "identity"])
 def test_hash_equals_the_layout_in_chunks(gpu: Any, dialect: str) -> None:
     layout = layout_of(dialect)
     constants = gpu.HashConstants.of(
         [layout.multipliers[n] for n in layout.layers], layout.orders, [layout.primes[n] for n in layout.layers],
         fill=layout._hasher().fill, vocab_size=40, negative_ids=not layout.rules.raw, sums=layout.rules.sums,
-        token_map_V=layout.token_map, device=DEVICE,
+        oldest_first=layout.rules.oldest_first, token_map_V=layout.token_map, device=DEVICE,
     )  # fmt: skip
     ids = np.random.default_rng(3).integers(0 if layout.rules.raw else -1, 40, (2, 23))
     before = layout._beginning(2)

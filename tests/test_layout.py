@@ -246,7 +246,7 @@ def test_a_table_is_padded_to_the_multiple_that_is_asked_for() -> None:
         assert layout.table_rows[1] == rows
 
 
-@pytest.mark.parametrize("dialect", ["demo", "v41", "qwen-ple", "longcat", "identity"])
+@pytest.mark.parametrize("dialect", ["demo", "v41", "engram-peft", "qwen-ple", "longcat", "identity"])
 def test_left_padding_changes_no_row(dialect: str) -> None:
     layout = layout_of(dialect)
     ids = np.random.default_rng(0).integers(10, 39, size=(1, 9))

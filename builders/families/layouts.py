@@ -12,7 +12,10 @@ from engram.builders.families.family import Published
 from engram.builders.layout import Layout
 from engram.builders.tensor_files import Tensor
 
-COMPRESSING = ("demo", "v41")  # dialects that hash compressed ids
+
+def compresses(found: Published) -> bool:
+    """Whether compressed ids are hashed: in demo and v41 always, in engram-peft where the adapter says so."""
+    return found.dialect in ("demo", "v41") or (found.dialect == "engram-peft" and found.compressed_size is not None)
 
 
 def layout_of(found: Published, folder: Path, tokenizer: str | Path | None = None) -> Layout:
@@ -23,12 +26,12 @@ def layout_of(found: Published, folder: Path, tokenizer: str | Path | None = Non
     another row.
     """
     compressed = None
-    if found.dialect in COMPRESSING:
+    if compresses(found):
         from engram.builders.tokenizer import load_tokenizer, tokenizer_bytes
         from engram.builders.vocab import compress_vocabulary
 
         source = tokenizer or _tokenizer_in(folder)
-        compressed = compress_vocabulary(load_tokenizer(source))
+        compressed = compress_vocabulary(load_tokenizer(source), added=found.dialect != "engram-peft")
         if found.compressed_size not in (None, compressed.size):
             raise FamilyError(
                 f"tokenizer {source} compresses to {compressed.size:,} ids, the checkpoint says "
@@ -43,6 +46,7 @@ def layout_of(found: Published, folder: Path, tokenizer: str | Path | None = Non
     layout = Layout.build(
         dialect=found.dialect, orders=found.orders, heads=found.heads, head_dim=found.head_dim, vocab_size=vocabulary,
         token_map=None if compressed is None else compressed.token_map,
+        compressed_size=None if compressed is None else compressed.size,
         tokenizer_sha256="" if compressed is None else tokenizer_sha256, **hashing,
     )  # fmt: skip
     for table in found.tables:

@@ -1,7 +1,9 @@
-"""SmolLM2-135M with two Engram layers of random rows, as a package: what hashing and decoding are measured on."""
+"""Real backbones with Engram layers of random rows, as packages: what hashing and decoding are measured on."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,9 @@ import torch
 
 from engram.builders.backbone import BackboneRef, dense_copy, load_backbone
 from engram.builders.checkpoint import save_checkpoint
-from engram.builders.engram import GateConfig
-from engram.builders.fetch import SMOLLM2_GGUF, cache_folder
+from engram.builders.engram import Gate, GateConfig
+from engram.builders.fetch import SMOLLM2_GGUF, PackageFile, SplitFile, cache_folder
+from engram.builders.gguf_header import read_metadata
 from engram.builders.layout import Layout
 from engram.builders.model import EngramModel, gate_weights
 from engram.builders.tokenizer import load_tokenizer, save_tokenizer
@@ -59,5 +62,42 @@ def write_package(folder: Path, rows: int, codec: str = "int8", head_dim: int = 
         tables=tables, backbone=backbone, tokenizer_folder=source,
     )  # fmt: skip
     quantize(QuantizeConfig(folder / "float", folder / "quantized", codec))
+    export_package(ExportConfig(folder / "quantized", folder / "package", embed_backbone=False))
+    return folder / "package"
+
+
+def write_gguf_package(
+    folder: Path, source: PackageFile | SplitFile, rows: int, *, layers: Sequence[int] = (2, 15), heads: int = 4,
+    head_dim: int = 64, conv: int = 0, codec: str = "int8", seed: int = 0,
+) -> Path:  # fmt: skip
+    """folder/package: the same over a GGUF itself, in the geometry of recipes/attach-smollm2.yaml."""
+    gguf = source.fetch()
+    tokenizer_folder = folder / "tokenizer"
+    tokenizer_folder.mkdir()
+    save_tokenizer(gguf, tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    layout = Layout.build(
+        dialect="demo", orders=ORDERS, heads=heads, head_dim=head_dim, layers=layers,
+        rows_per_head=max(2, rows // (len(ORDERS) * heads)), pad_id=2, vocab_size=tokenizer.get_vocab_size(),
+        token_map=compress_vocabulary(tokenizer).token_map,
+    )  # fmt: skip
+    values = read_metadata(gguf)
+    width = int(values[f"{values['general.architecture']}.embedding_length"])
+    config = GateConfig(width, layout.memory_width, conv_kernel=conv)
+    torch.manual_seed(seed)
+    dense, tables = {}, {}
+    draw = np.random.default_rng(seed)
+    for layer in layers:
+        gate = Gate(config)
+        for parameter in gate.parameters():
+            parameter.data.normal_(0, 0.02)
+        dense[layer] = {name: value.detach().numpy() for name, value in gate.state_dict().items()}
+        tables[layer] = draw.standard_normal((layout.table_rows[layer], head_dim), dtype=np.float32)
+    save_checkpoint(
+        folder / "float", layout=layout, gates={n: config.to_json() for n in layers}, dense=dense, tables=tables,
+        backbone=BackboneRef.find(str(gguf)), tokenizer_folder=tokenizer_folder,
+    )  # fmt: skip
+    quantize(QuantizeConfig(folder / "float", folder / "quantized", codec))
+    shutil.rmtree(folder / "float")
     export_package(ExportConfig(folder / "quantized", folder / "package", embed_backbone=False))
     return folder / "package"

@@ -25,30 +25,13 @@ from typing import Any
 import outcome
 import psutil
 from outcome import Target, say
-from scratch_model import smollm2_folder, write_package
+from scratch_model import write_gguf_package, write_package
 
-from engram.builders.backbone import BackboneRef
-from engram.builders.checkpoint import open_checkpoint, save_checkpoint
 from engram.builders.fetch import SMOLLM2_GGUF
-from engram.quantize.package import ExportConfig, export_package, open_package
-from engram.quantize.tables import QuantizeConfig, quantize
+from engram.quantize.package import open_package
 
 STREAMS, ROUNDS, TOKENS, PROMPT_WORDS = 8, 5, 64, 60
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def gguf_package(folder: Path, rows: int) -> Path:
-    """scratch_model's package with the GGUF itself as its backbone."""
-    write_package(folder, rows)
-    made = open_checkpoint(folder / "float")
-    save_checkpoint(
-        folder / "gguf", layout=made.layout, gates=made.gates(), dense=made.dense(),
-        tables={layer: made.table(layer) for layer in made.layout.layers},
-        backbone=BackboneRef.find(str(SMOLLM2_GGUF.fetch())), tokenizer_folder=smollm2_folder(),
-    )  # fmt: skip
-    quantize(QuantizeConfig(folder / "gguf", folder / "gguf-int8", "int8"))
-    export_package(ExportConfig(folder / "gguf-int8", folder / "SmolLM2-135M-q4_1", embed_backbone=False))
-    return folder / "SmolLM2-135M-q4_1"
 
 
 def start(package: Path, *options: str) -> tuple[subprocess.Popen[str], int]:
@@ -186,8 +169,12 @@ def main() -> None:
     chosen = parser.parse_args()
     rounds, tokens = (1, 8) if chosen.quick else (ROUNDS, TOKENS)
     with tempfile.TemporaryDirectory() as folder:
-        make = write_package if chosen.torch else gguf_package
-        package = chosen.package or make(Path(folder), 20_000 if chosen.quick else 400_000)
+        rows = 20_000 if chosen.quick else 400_000
+        package = chosen.package
+        if package is None and chosen.torch:
+            package = write_package(Path(folder), rows)
+        elif package is None:
+            package = write_gguf_package(Path(folder), SMOLLM2_GGUF, rows)
         with open_package(package, verify="off") as opened:
             backbone = opened.backbone.place(package) or package
         child, port = start(package, "--queue", "64")

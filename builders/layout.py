@@ -278,8 +278,10 @@ class Layout:
         """
         raw = np.asarray(ids_BT, dtype=np.int64)
         before = self._beginning(len(raw)) if history is None else history
-        wanted = self.layers if layers is None else layers
-        places = [self.layers.index(layer) for layer in wanted]
+        wanted, places = self.layers, list(range(len(self.layers)))
+        if layers is not None:
+            wanted = tuple(layers)
+            places = [self.layers.index(layer) for layer in wanted]
         start = None if start_BT is None else np.asarray(start_BT, dtype=bool)
         try:
             found = self._hasher().rows(raw, start, before.ids_BJ, before.start_BJ, before.stop_BJ, places, local)

@@ -24,6 +24,7 @@ try:
         doctor,
         export,
         fill,
+        gates,
         inspect,
         plan,
         quantize,
@@ -78,6 +79,7 @@ app.command("plan")(plan.plan)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
 app.command("serve")(serve.serve)
+app.command("gates")(gates.gates)
 app.command("warm")(warm.warm)
 app.command("eval")(evaluation.evaluate)
 app.command("demo")(demo.demo)

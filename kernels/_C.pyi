@@ -142,7 +142,6 @@ class MemoryGate:
 class EvalFilter:
     def __init__(
         self,
-        name_of: int,
         names: Sequence[str],
         width: int,
         hit: Callable[[int, int, NDArray[np.float32] | None], object],
@@ -153,7 +152,16 @@ class EvalFilter:
     def user_data(self) -> int: ...
     @property
     def asked(self) -> int: ...
-    @property
-    def matched(self) -> int: ...
+    def handled(self, place: int, /) -> int: ...
+    def handled_all(self, rows: int, /) -> bool: ...
+    def arm(
+        self,
+        place: int,
+        gate: MemoryGate,
+        memory: NDArray[np.float32],
+        past: NDArray[np.float32] | None,
+        inputs: NDArray[np.float32] | None,
+        /,
+    ) -> None: ...
     def expect(self, ids: NDArray[np.int32]) -> None: ...
     def take_error(self) -> BaseException | None: ...

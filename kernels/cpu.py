@@ -184,7 +184,7 @@ class MemoryGate(reference.MemoryGate):
         for name, array, shape in wanted:
             if array is not None:
                 _check_singles(name, array, shape)
-        self._gate = _C.MemoryGate(
+        self.prepared = _C.MemoryGate(
             self.key_weight_YE, self.key_bias_Y, self.value_weight_DE, self.value_bias_D, self.query_norm_MD,
             self.key_norm_MD, self.eps, KINDS[self.kind], None if conv is None else conv.norm_MD,
             None if conv is None else conv.weight_XW, 1 if conv is None else conv.dilation,
@@ -203,13 +203,13 @@ class MemoryGate(reference.MemoryGate):
         """As the reference says."""
         out = np.empty_like(hidden_BTMD) if out_BTMD is None else out_BTMD
         if self.conv is None:
-            self._gate.step(hidden_BTMD, memory_BTE, None, mask_BT, out, None)
+            self.prepared.step(hidden_BTMD, memory_BTE, None, mask_BT, out, None)
             return out, None
         batch, length, branches, width = hidden_BTMD.shape
         inputs = np.empty((batch, length, branches * width), dtype=np.float32)
         if past_BPX is not None:
             _check_singles("past", past_BPX, (batch, past_BPX.shape[1], branches * width))
-        self._gate.step(hidden_BTMD, memory_BTE, past_BPX, mask_BT, out, inputs)
+        self.prepared.step(hidden_BTMD, memory_BTE, past_BPX, mask_BT, out, inputs)
         return out, inputs
 
 

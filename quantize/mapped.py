@@ -95,6 +95,9 @@ class PagedTable(RowTable):
             self._refuse(wrong)
         return out
 
+    def arrived(self, ticket: Any) -> bool:
+        return bool(ticket.done)
+
     def stored_bytes(self, ticket: Any, rows: int) -> int:
         return rows * self.row_bytes
 

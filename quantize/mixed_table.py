@@ -152,6 +152,9 @@ class MixedTable(RowTable):
                 _put(out_ND, share.places, None)
         return out
 
+    def arrived(self, ticket: _Ticket) -> bool:
+        return all(share.ticket is None or share.ticket.done for share in ticket.shares)
+
     def stored_bytes(self, ticket: _Ticket, rows: int) -> int:
         return ticket.stored
 

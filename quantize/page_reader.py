@@ -170,6 +170,10 @@ class _Ticket:
     asked: Future[None] | None
     size: int
 
+    @property
+    def done(self) -> bool:
+        return self.asked is None or self.asked.done()
+
 
 class NumpyReader:
     """The reference: the whole files mapped, rows taken by fancy indexing, marks in a byte array.

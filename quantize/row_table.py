@@ -136,6 +136,10 @@ class RowTable(ABC):
         a file was truncated, and for an `out` of another size or kind; what `out` holds is then undefined.
         """
 
+    @abstractmethod
+    def arrived(self, ticket: Any) -> bool:
+        """Whether nothing need be waited for: every page was read before, or the device has delivered it."""
+
     def decode(self, rows: Ints, out: Values, *, threads: int = 1) -> Values:
         """`take` of `ask`."""
         return self.take(self.ask(rows), out, threads=threads)

@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engram.builders.backbone import BackboneRef
+from engram.builders.engram import FEW
 from engram.builders.layout import Layout
 from engram.builders.tokenizer import load_tokenizer, special_tokens
 from engram.quantize.package import Package, open_package
-from engram.runtime.llama_gates import LayerGates, Part, Singles
+from engram.runtime.llama_gates import LayerGates, Part
 from engram.runtime.llama_hook import (
     LlamaError,
+    Singles,
     check_tensor,
     library,
     library_version,
@@ -188,9 +190,9 @@ class LlamaSlots:
         return made
 
     def _check(self) -> None:
-        """One token through the graph: every node is there once, of the shape expected; then it is forgotten."""
+        """Two tokens through the graph: every node is there once, of the shape expected; then they are forgotten."""
         first = self.begin() or [0]
-        self.step([Feed(0, first[:1])])
+        self.step([Feed(0, [first[0], first[0]])])
         self._cut(0, 0)
         self._checked = True
 
@@ -286,6 +288,7 @@ class LlamaSlots:
         self._fill(ids, parts, outputs)
         self._call = call = _Call(ids, parts, outputs, ticket)
         self._filter.expect(call.ids)
+        inputs = self._arm(call) if len(outputs) == len(ids) <= FEW and self.watch is None else {}
         try:
             code = self._c.llama_decode(self._context, self._batch)
         finally:
@@ -302,8 +305,24 @@ class LlamaSlots:
             raise
         for feed in feeds:
             self.slots[feed.slot].grow(feed.ids)
+        for layer, inputs_BTX in inputs.items():
+            self.gates.keep(layer, parts, inputs_BTX, self.slots)
         for row, place in zip(outputs, (place for place in wanted if place is not None), strict=True):
             self._keep_logits(row, place)
+
+    def _arm(self, call: _Call) -> dict[int, Singles]:
+        """A step of one position a slot: where rows need not be waited for, the gates are set off beforehand.
+
+        Returns where the inputs of convolutions will be, by layer.
+        """
+        found = {}
+        for place, layer in enumerate(self.layout.layers, 1):
+            if self._checked and self.reader.arrived(call.ticket, layer):
+                memory_nE = self.reader.take(call.ticket, layer)[0]
+                inputs = self.gates.arm(layer, call.parts, memory_nE, self.slots, place, self._filter)
+                if inputs is not None:
+                    found[layer] = inputs
+        return found
 
     def _restore(self, parts: Sequence[Part]) -> None:
         """Take back what a failed decode left in the cache."""
@@ -313,12 +332,16 @@ class LlamaSlots:
 
     def _complete(self, call: _Call) -> None:
         """Refuse a graph in which a node was not computed for every row: garbage would follow."""
-        seen = [self._filter.matched, *(call.done.get(layer, 0) for layer in self.layout.layers)]
-        whole = [len(call.outputs) if name == "result_norm" else len(call.ids) for name in self._names]
-        for name, found, wanted in zip(self._names, seen, whole, strict=True) if seen != whole else ():
-            if found != wanted:
+        if self._filter.handled_all(len(call.ids)):
+            return
+        seen = {name: self._filter.handled(place) for place, name in enumerate(self._names)}
+        for name, layer in zip(self._names[1:], self.layout.layers, strict=True):
+            seen[name] += call.done.get(layer, 0)
+        for name, found in seen.items():
+            whole = len(call.outputs) if name == "result_norm" else len(call.ids)
+            if found != whole:
                 raise LlamaError(
-                    f"llama.cpp computed node {name} for {found} of {wanted} rows: the graph of this architecture is "
+                    f"llama.cpp computed node {name} for {found} of {whole} rows: the graph of this architecture is "
                     "not the one expected", hint="run it through torch: --engine torch",
                 )  # fmt: skip
 
@@ -359,14 +382,17 @@ class LlamaSlots:
         layer = self.layout.layers[number - 1]
         begin = call.done.get(layer, 0)
         call.done[layer] = end = begin + len(stream_nD)
-        alone = layer == self._layers  # the graph computes the wanted positions alone
-        if end > len(call.outputs if alone else call.ids):
-            raise LlamaError(f"node {self._names[number]} has {end} rows, more than the batch")
         memory_NE = call.memory.get(layer)
         if memory_NE is None:
             call.memory[layer] = memory_NE = self.reader.take(call.ticket, layer)[0]
-        memory_nE = memory_NE[call.outputs[begin:end]] if alone else memory_NE[begin:end]
-        parts = call.wanted(begin, end) if alone else call.rows(begin, end)
+        if layer == self._layers:  # the graph computes the wanted positions alone
+            parts, memory_nE = call.wanted(begin, end), memory_NE[call.outputs[begin:end]]
+        elif end == len(memory_NE) and not begin:
+            parts, memory_nE = call.parts, memory_NE
+        else:
+            parts, memory_nE = call.rows(begin, end), memory_NE[begin:end]
+        if len(memory_nE) != len(stream_nD):
+            raise LlamaError(f"node {self._names[number]} has {end} rows, more than the batch")
         if self.watch is not None:
             self.gates.show(layer, parts, stream_nD, memory_nE, self.watch)
         self.gates.add(layer, parts, stream_nD, memory_nE, self.slots)

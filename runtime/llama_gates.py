@@ -16,10 +16,8 @@ from numpy.typing import NDArray
 
 from engram.builders.engram import FEW, Gate, GateConfig
 from engram.quantize.package import Package
-from engram.runtime.llama_hook import LlamaError
+from engram.runtime.llama_hook import Filter, LlamaError, Singles
 from engram.runtime.slots import Watch
-
-Singles = NDArray[np.float32]
 
 
 class Part(NamedTuple):
@@ -82,13 +80,29 @@ class LayerGates:
         elif all(part.rows == 1 for part in parts):  # one position of each slot: all of them at once
             past = np.stack([self._before(layer, part, slots[part.slot]) for part in parts])
             inputs = self._add(layer, stream_nD[:, None], memory_nE[:, None], past)
-            self._keep(layer, parts, inputs, slots)
+            self.keep(layer, parts, inputs, slots)
         else:
             for part in parts:
                 rows = slice(part.first, part.first + part.rows)
                 past = self._before(layer, part, slots[part.slot])[None]
                 inputs = self._add(layer, stream_nD[None, rows], memory_nE[None, rows], past)
-                self._keep(layer, [part], inputs, slots)
+                self.keep(layer, [part], inputs, slots)
+
+    def arm(
+        self, layer: int, parts: Sequence[Part], memory_nE: Singles, slots: Sequence[HasInputs], place: int,
+        wanted: Filter,
+    ) -> Singles | None:
+        """The same later, when the node at this place of the filter comes; each part is one position.
+
+        Returns where the convolution's inputs will be: `keep` them then.
+        """
+        if not self._past[layer]:
+            wanted.arm(place, self._steps[layer], memory_nE[None], None, None)
+            return None
+        past_BPX = np.stack([self._before(layer, part, slots[part.slot]) for part in parts])
+        inputs_BTX = np.empty((len(parts), 1, past_BPX.shape[2]), dtype=np.float32)
+        wanted.arm(place, self._steps[layer], memory_nE[:, None], past_BPX, inputs_BTX)
+        return inputs_BTX
 
     def _add(self, layer: int, stream_BTD: Singles, memory_BTE: Singles, past_BPX: Singles | None) -> Singles | None:
         """Rewrite the stream in place; the convolution's inputs."""
@@ -110,7 +124,7 @@ class LayerGates:
             found[reach - kept :] = slot.conv[layer][part.position - kept : part.position]
         return found
 
-    def _keep(
+    def keep(
         self, layer: int, parts: Sequence[Part], inputs_BTX: Singles | None, slots: Sequence[HasInputs]
     ) -> None:
         """Store the convolution's inputs; a buffer doubles when it is full."""

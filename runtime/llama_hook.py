@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram import EngramError
+from engram.kernels.reference import MemoryGate
 
 TRIED = ("0.3.36",)  # releases of llama-cpp-python whose structures are those below
 F32 = 0  # ggml_type
@@ -118,26 +119,37 @@ def integers_of(address: int) -> NDArray[np.int32]:
     return np.array(np.ctypeslib.as_array(place, shape=(count,)))
 
 
-Hit = Callable[[int, int, "NDArray[np.float32] | None"], object]  # place of the name, address, rows
+Singles = NDArray[np.float32]
+Hit = Callable[[int, int, "Singles | None"], object]  # place of the name, address, rows
 
 
 class Filter(Protocol):
     """Of a graph's nodes, those with one of some names are told to `hit` once they were computed.
 
     The first name is the node that looks token ids up: its ids are compared with those expected, and only others are
-    told. Of the other nodes, `hit` gets the rows [n, width] to be read and written in place, where they are contiguous
+    told; of one id alone nothing is compared. Of the other nodes, `hit` gets the rows [n, width] to be read and written in place, where they are contiguous
     float32; None where they are not.
     """
 
     callback: Any  # for llama_context_params.cb_eval
     user_data: Any
 
-    @property
-    def matched(self) -> int:
-        """Token ids that came by as expected."""
-
     def expect(self, ids: NDArray[np.int32]) -> None:
         """The token ids of the batch that comes next, in order."""
+
+    def arm(
+        self, place: int, gate: MemoryGate, memory_BTE: Singles, past_BPX: Singles | None, inputs_BTX: Singles | None
+    ) -> None:
+        """When this node comes with B * T rows at once, let the gate rewrite them instead of calling `hit`.
+
+        What the convolution reads later is written to `inputs`. Holds for the batch of the last `expect`.
+        """
+
+    def handled(self, place: int) -> int:
+        """Rows of this batch dealt with without `hit`: ids that came as expected, rows that a gate rewrote."""
+
+    def handled_all(self, rows: int) -> bool:
+        """Whether that is so of this many rows of every node."""
 
     def take_error(self) -> BaseException | None:
         """What a hit raised first, once. Nothing is called any more until it was taken."""
@@ -150,16 +162,26 @@ class CFilter:
         from engram.kernels import _C
 
         module = library()
-        name_of = ctypes.cast(module._lib.ggml_get_name, ctypes.c_void_p).value
-        assert name_of is not None
-        self._filter = _C.EvalFilter(name_of, list(names), width, hit)
+        self._filter = _C.EvalFilter(list(names), width, hit)
         self.callback = ctypes.cast(self._filter.callback, module.ggml_backend_sched_eval_callback)
         self.user_data = self._filter.user_data
 
-    @property
-    def matched(self) -> int:
+    def arm(
+        self, place: int, gate: MemoryGate, memory_BTE: Singles, past_BPX: Singles | None, inputs_BTX: Singles | None
+    ) -> None:
         """As Filter says."""
-        return self._filter.matched
+        from engram.kernels import cpu
+
+        assert isinstance(gate, cpu.MemoryGate)
+        self._filter.arm(place, gate.prepared, memory_BTE, past_BPX, inputs_BTX)
+
+    def handled(self, place: int) -> int:
+        """As Filter says."""
+        return self._filter.handled(place)
+
+    def handled_all(self, rows: int) -> bool:
+        """As Filter says."""
+        return self._filter.handled_all(rows)
 
     def expect(self, ids: NDArray[np.int32]) -> None:
         """As Filter says."""
@@ -179,12 +201,16 @@ class PythonFilter:
         self._width, self._hit, self._name_of = width, hit, _function("ggml_get_name", ctypes.c_char_p)
         self._error: BaseException | None = None
         self._expected = np.zeros(0, dtype=np.int32)
-        self.matched = 0
+        self._armed: dict[int, tuple[Any, ...]] = {}
+        self._handled: dict[int, int] = {}
         self.callback = module.ggml_backend_sched_eval_callback(self._called)
         self.user_data = None
 
     def _called(self, address: int, ask: bool, _: Any) -> bool:
         place = self._places.get(self._name_of(address))
+        if ask and place == 0 and len(self._expected) == 1:
+            self._handled[0] = 1
+            return False
         if ask:
             return place is not None
         if place is not None and self._error is None:
@@ -196,18 +222,43 @@ class PythonFilter:
 
     def _tell(self, place: int, address: int) -> None:
         if place:
-            rows = rows_of(address, self._width) if _plain(tensor_at(address), self._width) else None
-            self._hit(place, address, rows)
+            rows_nD = rows_of(address, self._width) if _plain(tensor_at(address), self._width) else None
+            if place not in self._armed or rows_nD is None or self.handled(place):
+                self._hit(place, address, rows_nD)
+                return
+            gate, memory_BTE, past_BPX, inputs_BTX = self._armed[place]
+            if len(rows_nD) != memory_BTE.shape[0] * memory_BTE.shape[1]:
+                self._hit(place, address, rows_nD)
+                return
+            stream_BTMD = rows_nD.reshape(*memory_BTE.shape[:2], 1, self._width)
+            _, made = gate.step(stream_BTMD, memory_BTE, past_BPX, out_BTMD=stream_BTMD)
+            if inputs_BTX is not None:
+                inputs_BTX[...] = made
+            self._handled[place] = len(rows_nD)
             return
-        ids = integers_of(tensor_at(address).src[1])
-        if np.array_equal(ids, self._expected[self.matched : self.matched + len(ids)]):
-            self.matched += len(ids)
+        ids, done = integers_of(tensor_at(address).src[1]), self.handled(0)
+        if np.array_equal(ids, self._expected[done : done + len(ids)]):
+            self._handled[0] = done + len(ids)
         else:
             self._hit(place, address, None)
 
     def expect(self, ids: NDArray[np.int32]) -> None:
         """As Filter says."""
-        self._expected, self.matched = ids, 0
+        self._expected, self._armed, self._handled = ids, {}, {}
+
+    def arm(
+        self, place: int, gate: MemoryGate, memory_BTE: Singles, past_BPX: Singles | None, inputs_BTX: Singles | None
+    ) -> None:
+        """As Filter says."""
+        self._armed[place] = gate, memory_BTE, past_BPX, inputs_BTX
+
+    def handled(self, place: int) -> int:
+        """As Filter says."""
+        return self._handled.get(place, 0)
+
+    def handled_all(self, rows: int) -> bool:
+        """As Filter says."""
+        return all(self.handled(place) == rows for place in self._places.values())
 
     def take_error(self) -> BaseException | None:
         """As Filter says."""

@@ -189,6 +189,13 @@ class RowReader:
             self._counts["bytes_read"] += stored
         return out
 
+    def arrived(self, ticket: Ticket, layer: int) -> bool:
+        """Whether `take` has nothing to wait for: these rows lie in memory, or their pages were read before."""
+        wanted = ticket.wanted[layer]
+        if self.placement != "disk":
+            return True
+        return wanted.split is None and self._table(layer).arrived(wanted.asked)
+
     def _take_split(self, layer: int, table: RowTable, wanted: _Wanted, split: Split, out_ND: Memory) -> None:
         """Some rows from the hot rows, the others from the table."""
         hot = self.hot[layer]

@@ -163,7 +163,8 @@ def test_arrays_of_another_kind_are_refused(path: str) -> None:
         with pytest.raises(KernelError, match="gate kind 'wide' is not known"):
             make(**weights, kind="wide", eps=1e-6)
         stream = arrays[0]
-        for hidden, rows in ((stream, memory[..., :-1].copy()), (stream, memory[:, :1]), (stream[..., :4].copy(), memory)):
+        narrow = stream[..., :4].copy()
+        for hidden, rows in ((stream, memory[..., :-1].copy()), (stream, memory[:, :1]), (narrow, memory)):
             with pytest.raises(ValueError, match="do not fit"):
                 gate.step(hidden, rows)
         with pytest.raises(TypeError):

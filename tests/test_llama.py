@@ -31,6 +31,7 @@ from engram.runtime.llama import LlamaSlots  # noqa: E402
 from engram.runtime.llama_hook import CFilter, LlamaError, PythonFilter  # noqa: E402
 from engram.runtime.slots import Feed  # noqa: E402
 
+real = LlamaSlots._hit
 TOKENS = np.random.default_rng(5).integers(0, VOCAB, 60).tolist()
 
 
@@ -153,6 +154,7 @@ def test_a_constant_is_llama_cpps_own_control_vector(
         stream_nD += delta
 
     monkeypatch.setattr("engram.runtime.llama_gates.LayerGates.add", add)
+    monkeypatch.setattr(LlamaSlots, "_arm", lambda *_: {})
     found = logits_of(opened(folder), TOKENS[:10])
     assert torch.equal(found, plain_logits(folder, TOKENS[:10], (2 - 1, delta)))
     assert (found - plain_logits(folder, TOKENS[:10])).abs().max() > 1
@@ -174,6 +176,34 @@ def test_the_filter_in_cpp_is_the_one_in_python(opened: Any, monkeypatch: pytest
     fast = logits_of(opened(), TOKENS[:8])
     monkeypatch.setattr(llama, "make_filter", PythonFilter)
     assert torch.equal(logits_of(opened(), TOKENS[:8]), fast)
+
+
+@pytest.mark.parametrize("kind", [CFilter, PythonFilter])
+def test_gates_set_off_beforehand_are_those_of_the_hook(
+    opened: Any, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    """Rows that nobody waits for need no Python in the graph; the bits are the same, over several slots too."""
+
+    def three(slots: LlamaSlots) -> Tensor:
+        slots.step([Feed(slot, TOKENS[slot : slot + 3 * slot]) for slot in (1, 2)])
+        return torch.stack([
+            torch.stack(slots.step([Feed(slot, [TOKENS[slot * 5 + n]]) for slot in (2, 0, 1)])) for n in range(9)
+        ])  # fmt: skip
+
+    monkeypatch.setattr(llama, "make_filter", kind)
+    waiting = opened(count=3)
+    waiting.reader.arrived = lambda *_: False
+    expected = three(waiting)
+    slots = opened(count=3)
+    hits: list[Any] = []
+    monkeypatch.setattr(LlamaSlots, "_hit", lambda self, *what: hits.append(what) or real(self, *what))
+    three(slots)  # reads the pages
+    for slot in range(3):
+        slots.reuse(slot, [-1])
+    hits.clear()
+    found = three(slots)
+    assert torch.equal(found, expected)
+    assert len(hits) == 2  # of the prompts, in two layers
 
 
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 8}, {"batch": 16, "micro_batch": 8}, {"batch": 7}])
@@ -228,7 +258,7 @@ def test_an_error_in_the_callback_comes_out_and_leaves_nothing(opened: Any, monk
 
 def test_another_graph_is_refused_when_it_is_opened(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LlamaSlots, "_node", lambda self, layer: f"no_such_node-{layer}")
-    with pytest.raises(LlamaError, match="computed node no_such_node-1 for 0 of 1 rows"):
+    with pytest.raises(LlamaError, match="computed node no_such_node-1 for 0 of 2 rows"):
         opened()
     monkeypatch.setattr(LlamaSlots, "_node", lambda self, layer: "ffn_gate-0")
     with pytest.raises(LlamaError, match="node ffn_gate-0 is of type 0 and width 512.*float32 rows of 256"):

@@ -82,8 +82,9 @@ public:
         if (highest >= plan_.vocab_size || (lowest < 0 && !plan_.negative_ids)) return 0;
         // Mostly no position of a text stops a look-back: then flags are read only behind its beginning.
         const bool flagged = start || plan_.resets || !plan_.dead_ids.empty() || (plan_.dead_negative && lowest < 0);
-        std::vector<int64_t> line(size_t(J + BLOCK)), blocked(size_t(BLOCK * plan_.depth));
-        std::vector<uint8_t> starts(size_t(J + BLOCK)), stops(size_t(J + BLOCK)), dead(static_cast<size_t>(BLOCK));
+        const int64_t block = std::min(BLOCK, T);  // a decode step has one position: no room is cleared for more
+        std::vector<int64_t> line(size_t(J + block)), blocked(size_t(block * plan_.depth));
+        std::vector<uint8_t> starts(size_t(J + block)), stops(size_t(J + block)), dead(static_cast<size_t>(block));
         std::vector<const int64_t*> tokens(static_cast<size_t>(plan_.depth));
         const Numbers none(static_cast<size_t>(plan_.columns), 0);
         const HashRows work = plan_.sums ? active_table().hash_sums : active_table().hash_rows;
@@ -92,8 +93,8 @@ public:
                 line[j] = past_ids.data()[b * J + j];
                 starts[j] = past_start.data()[b * J + j], stops[j] = past_stop.data()[b * J + j];
             }
-            for (int64_t begin = 0; begin < T; begin += BLOCK) {
-                const int64_t n = std::min(BLOCK, T - begin), at = b * T + begin;
+            for (int64_t begin = 0; begin < T; begin += block) {
+                const int64_t n = std::min(block, T - begin), at = b * T + begin;
                 compress(ids.data() + at, n, line.data() + J);
                 for (int64_t i = 0; i < n; ++i) {
                     const int64_t id = ids.data()[at + i];
@@ -105,7 +106,7 @@ public:
                 if (flagged || std::any_of(starts.begin(), starts.begin() + J, [](uint8_t f) { return f; }) ||
                     std::any_of(stops.begin(), stops.begin() + J, [](uint8_t f) { return f; }))
                     look_back(line.data(), starts.data(), stops.data(), dead.data(), n, flagged ? n : std::min(n, J),
-                              blocked.data(), tokens.data());
+                              blocked.data(), block, tokens.data());
                 else
                     for (int64_t k = 0; k < plan_.depth; ++k) tokens[size_t(k)] = line.data() + J - k;
                 if (plan_.oldest_first) std::reverse(tokens.begin(), tokens.end());
@@ -135,20 +136,20 @@ private:
             if (d == id) return true;
         return false;
     }
-    // Tokens [depth][BLOCK], `fill` where the walk back is blocked; behind the first `some` positions nothing is.
+    // Tokens [depth][block], `fill` where the walk back is blocked; behind the first `some` positions nothing is.
     void look_back(const int64_t* line, const uint8_t* starts, const uint8_t* stops, const uint8_t* dead, int64_t n,
-                   int64_t some, int64_t* to, const int64_t** tokens) const {
+                   int64_t some, int64_t* to, int64_t block, const int64_t** tokens) const {
         const int64_t depth = plan_.depth, J = depth - 1;
         for (int64_t k = 0; k < depth; ++k) {
-            tokens[k] = to + k * BLOCK;
-            std::copy(line + J - k + some, line + J - k + n, to + k * BLOCK + some);
+            tokens[k] = to + k * block;
+            std::copy(line + J - k + some, line + J - k + n, to + k * block + some);
         }
         for (int64_t i = 0; i < some; ++i) {
             bool stopped = dead[i];
             to[i] = stopped ? plan_.fill : line[J + i];
             for (int64_t k = 1; k < depth; ++k) {
                 stopped |= starts[J + i - k + 1] | stops[J + i - k];
-                to[k * BLOCK + i] = stopped ? plan_.fill : line[J + i - k];
+                to[k * block + i] = stopped ? plan_.fill : line[J + i - k];
             }
         }
     }

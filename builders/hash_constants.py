@@ -50,7 +50,7 @@ def _half_bound(vocab_size: int) -> int:
 
 
 def pcg_multipliers(compressed_size: int, layer: int, count: int, seed: int) -> tuple[int, ...]:
-    """Odd multipliers of the demo and of V4.1: 2r + 1 with r from numpy's PCG64, seeded by seed + 10007 * layer."""
+    """Odd multipliers of demo, v41, engram-peft: 2r + 1 with r from numpy's PCG64, seeded by seed + 10007 * layer."""
     generator = np.random.default_rng(seed + _LAYER_STRIDE * layer)
     draws = generator.integers(0, _half_bound(compressed_size), size=count, dtype=np.int64)
     return tuple(2 * int(draw) + 1 for draw in draws)

@@ -71,9 +71,9 @@ class Layout:
     def __post_init__(self) -> None:
         """Refuse constants that contradict each other."""
         _check_choices(self.dialect, self.orders, self.layers, self.heads)
-        for name, value in (("head_dim", self.head_dim), ("vocab_size", self.vocab_size)):
-            if value < 1:
-                raise LayoutError(f"{name} {value} must be at least 1")
+        for name in ("head_dim", "vocab_size", "compressed_size"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"{name} {getattr(self, name)} must be at least 1")
         if not 0 <= self.pad_id < self.vocab_size:
             raise LayoutError(f"pad_id {self.pad_id} is outside the vocabulary of {self.vocab_size} ids")
         if self.token_map is not None and self.token_map.shape != (self.vocab_size,):
@@ -159,19 +159,21 @@ class Layout:
     ) -> Layout:
         """Derive multipliers and moduli by the dialect's rules, from what its published checkpoints state.
 
-        demo, v41, qwen-ple: `rows_per_head` is where the search for primes starts, one number or one for each order.
-        identity: `rows_per_head` is the number of ids that have rows; without it, all. longcat: the `moduli` of all
-        columns, order-major, the same in every layer. Any dialect: `multipliers` and `primes`, as they are stored for
-        its only layer, order-major. `vocab_size` is the number of raw ids; with a token map the number of compressed
-        ids is taken from it unless `compressed_size` is given. `table_rows` are those stored, by layer; without them
-        they are the sums of the moduli, up to the next multiple of `multiple` (without it: the dialect's).
+        demo, v41, engram-peft, qwen-ple: `rows_per_head` is where the search for primes starts, one number or one for
+        each order. identity: `rows_per_head` is the number of ids that have rows; without it, all. longcat: the
+        `moduli` of all columns, order-major, the same in every layer. Any dialect: `multipliers` and `primes`, as they
+        are stored for its only layer, order-major. `vocab_size` is the number of raw ids. `compressed_size` bounds the
+        multipliers; without it, it is one more than the largest id of the token map. `table_rows` are those stored, by
+        layer; without them they are the sums of the moduli, up to the next multiple of `multiple` (without it: the
+        dialect's).
 
         Raises LayoutError where a value breaks a rule.
         """
         _check_choices(dialect, orders, layers, heads)
         if multiple is not None and multiple < 1:
             raise LayoutError(f"multiple {multiple} must be at least 1")
-        compressed = vocab_size if token_map is None else compressed_size or int(token_map.max()) + 1
+        if (compressed := compressed_size) is None:
+            compressed = vocab_size if token_map is None else int(token_map.max()) + 1
         by_layer, moduli_by_layer = _constants(
             dialect, orders, heads, layers, compressed, seed, rows_per_head, moduli, multipliers, primes
         )
@@ -220,37 +222,21 @@ class Layout:
             fill = self.reset_id if self.rules.fill is None else self.rules.fill
             if fill is None:
                 fill = self.pad_id if self.token_map is None else int(self.token_map[self.pad_id])
-            orders, constants = self.orders, self._by_layer()
-            if self.rules.oldest_first:
-                orders, constants = (self.orders[-1],), self._by_order()
-            multipliers, primes, offsets = (list(values) for values in zip(*constants, strict=True))
             self._hashers[path] = dispatch.ops().Hasher(
-                token_map=self.token_map, vocab_size=self.vocab_size, negative_ids=not self.rules.raw, orders=orders,
-                heads=self.heads, multipliers=multipliers, primes=primes, offsets=offsets, dead_ids=self.dead_ids,
+                token_map=self.token_map, vocab_size=self.vocab_size, negative_ids=not self.rules.raw,
+                orders=self.orders, heads=self.heads, multipliers=[self.multipliers[layer] for layer in self.layers],
+                primes=[[prime for heads in self.primes[layer] for prime in heads] for layer in self.layers],
+                offsets=[self.offsets(layer).tolist() for layer in self.layers], dead_ids=self.dead_ids,
                 dead_negative=self.rules.dead_negative, reset_id=self.reset_id, fill=fill, sums=self.rules.sums,
+                oldest_first=self.rules.oldest_first,
             )  # fmt: skip
         return self._hashers[path]
 
-    def _by_layer(self) -> list[tuple[list[int], list[int], list[int]]]:
-        """Multipliers, moduli and offsets of every layer."""
-        flat = {n: [prime for heads in self.primes[n] for prime in heads] for n in self.layers}
-        return [(list(self.multipliers[n]), flat[n], self.offsets(n).tolist()) for n in self.layers]
-
-    def _by_order(self) -> list[tuple[list[int], list[int], list[int]]]:
-        """The same for every order of every layer, each as a hash of the highest order with a multiplier a distance.
-
-        With N the highest order, the token at distance d has multiplier N - 1 - d where order n sees it: from N - n on.
-        """
-        top, out = self.orders[-1], []
-        for layer in self.layers:
-            offsets = self.offsets(layer).reshape(len(self.orders), self.heads)
-            for place, order in enumerate(self.orders):
-                turned = [self.multipliers[layer][top - 1 - d] if d >= top - order else 0 for d in range(top)]
-                out.append((turned, list(self.primes[layer][place]), offsets[place].tolist()))
-        return out
-
     def compress(self, ids_BT: Ints) -> Ints:
-        """Compressed ids, elementwise; negative ids pass through (demo and V4.1), any other outsider is an error."""
+        """Compressed ids, elementwise; negative ids pass through where ids may be compressed.
+
+        Raises LayoutError for any other id outside the vocabulary.
+        """
         try:
             return self._hasher().compress(np.asarray(ids_BT, dtype=np.int64))
         except KernelError as wrong:
@@ -292,20 +278,15 @@ class Layout:
         """
         raw = np.asarray(ids_BT, dtype=np.int64)
         before = self._beginning(len(raw)) if history is None else history
-        each = len(self.orders) if self.rules.oldest_first else 1  # hashes that make a layer's columns
-        wanted, places = self.layers, list(range(len(self.layers) * each))
+        wanted, places = self.layers, list(range(len(self.layers)))
         if layers is not None:
             wanted = tuple(layers)
-            places = [self.layers.index(layer) * each + part for layer in wanted for part in range(each)]
+            places = [self.layers.index(layer) for layer in wanted]
         start = None if start_BT is None else np.asarray(start_BT, dtype=bool)
         try:
-            found = self._hasher().rows(
-                raw, start, before.ids_BJ, before.start_BJ, before.stop_BJ, places, local
-            )
+            found = self._hasher().rows(raw, start, before.ids_BJ, before.start_BJ, before.stop_BJ, places, local)
         except KernelError as wrong:
             raise LayoutError(str(wrong), hint=wrong.hint) from None
-        if each > 1:
-            found = [np.concatenate(found[i : i + each], axis=-1) for i in range(0, len(found), each)]
         return dict(zip(wanted, found, strict=True))
 
     def history(self, ids_BT: NDArray[Any], history: Lookback | None = None, start_BT: Flags | None = None) -> Lookback:

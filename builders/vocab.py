@@ -1,7 +1,7 @@
 """The compressed vocabulary: tokens with the same normal form share one id.
 
-The rule is that of DeepSeek's Engram demo and of DeepSeek-V4.1: NFKC, NFD, all marks stripped, lower case, white space
-collapsed and trimmed; ids are numbered in the order in which their keys first occur.
+The rule is that of DeepSeek's Engram demo, of DeepSeek-V4.1 and of engram-peft: NFKC, NFD, all marks stripped, lower
+case, white space collapsed and trimmed; ids are numbered in the order in which their keys first occur.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ def normalizer() -> normalizers.Normalizer:
 
 
 def compress_vocabulary(tokenizer: Tokenizer, *, added: bool = True) -> Compressed:
-    """Compress all ids 0 … get_vocab_size(with added tokens) - 1; without `added`, those of added tokens stay raw.
+    """Compress all ids 0 … get_vocab_size(with added tokens) - 1.
+
+    Without `added`, ids beyond those of the tokenizer's model (tokens that were added to it) stay as they are and are
+    not counted in `size`: so engram-peft does it.
 
     An id that decodes to a part of a UTF-8 sequence is keyed by its raw vocabulary string, not normalised; both kinds
     of key share one dictionary (a byte's raw string may be a real character's key). A text that normalises to nothing

@@ -49,6 +49,7 @@ class Hasher:
         reset_id: int | None,
         fill: int,
         sums: bool,
+        oldest_first: bool,
     ) -> None: ...
     def rows(
         self,

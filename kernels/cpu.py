@@ -106,6 +106,7 @@ class Hasher(reference.Hasher):
             multipliers=[list(m) for m in self.multipliers], primes=[list(p) for p in self.primes],
             offsets=[list(map(int, o)) for o in self.offsets], dead_ids=list(self.dead_ids),
             dead_negative=self.dead_negative, reset_id=self.reset_id, fill=self.fill, sums=self.sums,
+            oldest_first=self.oldest_first,
         )  # fmt: skip
 
     def rows(

@@ -143,7 +143,7 @@ class HashConstants:
     """What hashing needs, on the device: int64 [L, X], [L, C], [L, C], each column's order [C], the token map [V].
 
     X is K, the highest order; where `sums` it is C * K, column after column. Ids from `vocab_size` on are refused, and
-    ids below zero unless `negative_ids`.
+    ids below zero unless `negative_ids`. `oldest_first` as in reference.Hasher.
     """
 
     multipliers_LX: Tensor
@@ -155,6 +155,7 @@ class HashConstants:
     vocab_size: int
     negative_ids: bool
     sums: bool
+    oldest_first: bool
     token_map_V: Tensor | None = None
 
     @classmethod
@@ -166,8 +167,9 @@ class HashConstants:
         *,
         fill: int,
         vocab_size: int,
+        sums: bool,
+        oldest_first: bool,
         negative_ids: bool = True,
-        sums: bool = False,
         token_map_V: Any = None,
         device: torch.device | str = "cuda",
     ) -> HashConstants:
@@ -185,7 +187,7 @@ class HashConstants:
         return cls(
             multipliers.to(device), primes.to(device), (primes.cumsum(1) - primes).to(device),
             torch.tensor(order, dtype=torch.int64, device=device), depth, fill, vocab_size, negative_ids, sums,
-            token_map,
+            oldest_first, token_map,
         )  # fmt: skip
 
 
@@ -239,6 +241,7 @@ def _launch_hash(
                 batch * length, length, constants.fill, constants.vocab_size,
                 J=history_BJ.shape[1], DEPTH=constants.depth, C=columns, BC=_power_of_two(columns),
                 BT=HASH_TILE, MAPPED=token_map is not None, NEGATIVE=constants.negative_ids, SUMS=constants.sums,
+                OLDEST_FIRST=constants.oldest_first,
             )  # fmt: skip
 
 

@@ -89,7 +89,9 @@ class Hasher:
     it. An id in `dead_ids` (or below zero where `dead_negative`) and `reset_id` stop a look-back, see `look_back`; what
     cannot be looked at counts as `fill`. Columns of `primes` and `offsets` are order-major, head-minor. A layer has one
     multiplier for each distance; where `sums`, products are added instead of combined by XOR, and a layer has as many
-    multipliers for each column, column after column (0 from the column's order on).
+    multipliers for each column, column after column (0 from the column's order on). Where `oldest_first`, distances are
+    counted from the other end: the first multiplier is that of the oldest token that the highest order sees, and an
+    order n below it takes the n oldest.
     """
 
     def __init__(
@@ -108,12 +110,13 @@ class Hasher:
         reset_id: int | None,
         fill: int,
         sums: bool = False,
+        oldest_first: bool = False,
     ) -> None:
         self.token_map, self.vocab_size, self.negative_ids = token_map, vocab_size, negative_ids
         self.orders, self.heads, self.multipliers = orders, heads, multipliers
         self.primes, self.offsets = primes, offsets
         self.dead_ids, self.dead_negative, self.reset_id, self.fill = dead_ids, dead_negative, reset_id, fill
-        self.sums = sums
+        self.sums, self.oldest_first = sums, oldest_first
 
     def compress(self, ids: Ints) -> Ints:
         """Compressed ids, elementwise; KernelError for an id outside the vocabulary."""
@@ -151,6 +154,7 @@ class Hasher:
             self.compress(ids_BT), dead_BT, np.concatenate([past_start_BJ, start_BT], axis=1),
             np.concatenate([past_stop_BJ, stop_BT], axis=1), past_ids_BJ, fill=self.fill, depth=self.orders[-1],
         )  # fmt: skip
+        tokens_BTK = tokens_BTK[..., ::-1] if self.oldest_first else tokens_BTK
         out = []
         for layer in layers:
             if self.sums:

@@ -242,12 +242,13 @@ def hash_rows(
     ids_BT, token_map, dead_BT, start_BJT, stop_BJT, history_BJ, multipliers_LX, primes_LC, offsets_LC, order_C,
     out_LBTC, fault, tokens, length, fill, vocabulary,
     J: tl.constexpr, DEPTH: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, MAPPED: tl.constexpr,
-    NEGATIVE: tl.constexpr, SUMS: tl.constexpr,
+    NEGATIVE: tl.constexpr, SUMS: tl.constexpr, OLDEST_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One program hashes BT positions for one layer: look back, multiply, XOR or add, modulo, offset.
 
     The formulas are look_back, hash_ngrams and sum_ngrams of kernels/reference.py. Column c takes the tokens at the
-    distances below order_C[c]. Triton's % has the sign of the dividend, the hash's modulo is never negative.
+    distances below order_C[c], counted from the oldest where OLDEST_FIRST. Triton's % has the sign of the dividend, the
+    hash's modulo is never negative.
     """
     layer = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -277,12 +278,13 @@ def hash_rows(
             before = tl.load(history_BJ + batch * J + J + t - k, mask=here & (t < k), other=0)
             token = tl.where(t < k, before, token)
         token = tl.where(blocked, fill, token)
+        at = DEPTH - 1 - k if OLDEST_FIRST else k
         if SUMS:
-            by = tl.load(multipliers_LX + (layer * C + c) * DEPTH + k, mask=(c < C) & (order > k), other=0)
+            by = tl.load(multipliers_LX + (layer * C + c) * DEPTH + at, mask=(c < C) & (order > at), other=0)
             mixed = mixed + token[:, None] * by[None, :]
         else:
-            product = token * tl.load(multipliers_LX + layer * DEPTH + k)
-            mixed = mixed ^ tl.where((order > k)[None, :], product[:, None], 0)
+            product = token * tl.load(multipliers_LX + layer * DEPTH + at)
+            mixed = mixed ^ tl.where((order > at)[None, :], product[:, None], 0)
     prime = tl.load(primes_LC + layer * C + c, mask=c < C, other=1)[None, :]
     rest = mixed % prime
     rest = tl.where(rest < 0, rest + prime, rest)

@@ -54,8 +54,9 @@ for code, width in enumerate((64, 160, 256, 160, 72, 256, 160, 256, 160, 256, 25
 
 sizes = {"J": 3, "DEPTH": 4, "C": 24, "BC": 32, "BT": 16}
 tensors = "*i64 *i64 *u8 *u8 *u8 *i64 *i64 *i64 *i64 *i64 *i64 *i64"
-mapped, raw = {"MAPPED": 1, "NEGATIVE": 1}, {"MAPPED": 0, "NEGATIVE": 0}
+mapped, raw = {"MAPPED": 1, "NEGATIVE": 1, "OLDEST_FIRST": 0}, {"MAPPED": 0, "NEGATIVE": 0, "OLDEST_FIRST": 0}
 assembly(kernels.hash_rows, f"{tensors} i32 i32 i64 i64", SUMS=0, **mapped, **sizes)
+assembly(kernels.hash_rows, f"{tensors} i32 i32 i64 i64", SUMS=0, **(mapped | {"OLDEST_FIRST": 1}), **sizes)
 assembly(kernels.hash_rows, f"{tensors} i64 i64", SUMS=0, tokens=1, length=1, **raw, **sizes)  # a token of decoding
 assembly(kernels.hash_rows, f"{tensors} i32 i32 i64 i64", SUMS=1, **raw, **sizes)
 alone = {"J": 0, "DEPTH": 1, "C": 1, "BC": 1, "BT": 16}

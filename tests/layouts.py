@@ -12,9 +12,9 @@ VOCAB = 40
 _OF_DIALECT: dict[str, dict[str, Any]] = {
     "demo": {"rows_per_head": 5000, "token_map": np.arange(VOCAB)[::-1] // 2},
     "v41": {"rows_per_head": 5000, "token_map": np.arange(VOCAB)[::-1] // 2, "dead_ids": (4,)},
+    "engram-peft": {"rows_per_head": 5000, "token_map": np.r_[np.arange(36)[::-1] // 2, 36:40], "compressed_size": 18},
     "qwen-ple": {"rows_per_head": 5000, "reset_id": 9},
     "longcat": {"moduli": (5001, 5003, 5005, 5007, 5009, 5011), "reset_id": 9, "pad_id": 0},
-    "engram-peft": {"rows_per_head": 5000, "token_map": np.arange(VOCAB)[::-1] // 2},
     "identity": {"rows_per_head": 44, "orders": (1,), "heads": 1},
 }
 

@@ -7,29 +7,25 @@ import importlib.util
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from published import FAULTS_OF_TENSORS, Change, Tensors, alter, count_refusals, write_sparse, write_zeros
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from sympy import nextprime
-from tokenizers import Tokenizer, models
 
 from engram.builders.families.config import FamilyError
 from engram.builders.families.known import find_published
 from engram.builders.families.layouts import layout_of, read_integers
-from engram.builders.hash_constants import pcg_multipliers, prime_moduli
 from engram.builders.layout import Layout
 from engram.builders.tensor_files import TensorFileError
 from engram.kernels import dispatch
 from engram.quantize.convert import ConvertConfig, convert
-from engram.quantize.export.safetensors import export
-from engram.quantize.export.target import TargetConfig
 from engram.quantize.inspect_published import inspect_published
 from engram.quantize.package import open_package
-from engram.quantize.verify import verify_package
 
 PEFT = json.loads((Path(__file__).parent / "golden/engram_peft.json").read_text())
 ADAPTER, QWEN = PEFT["adapters"]
@@ -50,56 +46,6 @@ def test_an_adapter_of_engram_peft_is_inspected(tmp_path: Path) -> None:
     assert told["other"]["tensors"] == len(ADAPTER["tensors"]) - 2
 
 
-def fill(folder: Path) -> None:
-    """Random rows and weights, and the offsets that the package saves."""
-    path, generator = folder / "engram_adapters.safetensors", np.random.default_rng(4)
-    arrays = {name: generator.normal(size=value.shape).astype(np.float32) for name, value in load_file(path).items()}
-    for layer, primes in prime_moduli([1, 3], [50, 100], 4).items():
-        moduli = [prime for heads in primes for prime in heads]
-        arrays[f"{layer}.multi_head_embedding.offsets"] = np.cumsum([0, *moduli[:-1]], dtype=np.int64)
-    save_file(arrays, path)
-
-
-def test_an_adapter_goes_there_and_back(tmp_path: Path) -> None:
-    """Convert, verify, export, convert again: the same bytes; another offset is refused."""
-    fill(write_adapter(tmp_path / "m"))
-    convert(ConvertConfig(tmp_path / "m", tmp_path / "package"))
-    assert verify_package(tmp_path / "package", against=tmp_path / "m")["ok"]
-    export(TargetConfig(tmp_path / "package", tmp_path / "again"))
-    name = "engram_adapters.safetensors"
-    before, after = load_file(tmp_path / "m" / name), load_file(tmp_path / "again" / name)
-    assert before.keys() == after.keys() and all(np.array_equal(before[key], after[key]) for key in before)
-    convert(ConvertConfig(tmp_path / "again", tmp_path / "second"))
-    tables = [sorted((tmp_path / which / "tables").iterdir()) for which in ("package", "second")]
-    assert [path.read_bytes() for path in tables[0]] == [path.read_bytes() for path in tables[1]]
-    before["3.multi_head_embedding.offsets"][2] += 1
-    save_file(before, tmp_path / "m" / name)
-    with pytest.raises(FamilyError, match="the offsets of layer 3 are"):
-        convert(ConvertConfig(tmp_path / "m", tmp_path / "third"))
-
-
-def test_added_tokens_stay_raw_where_ids_are_compressed(tmp_path: Path) -> None:
-    """As its compressor leaves them; they do not count for the multipliers."""
-    tokenizer = Tokenizer(models.WordLevel({"a": 0, "A": 1, "b": 2, "[x]": 3}, unk_token="a"))
-    tokenizer.add_special_tokens(["<one>", "<two>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-
-    def change(config: dict[str, Any], tensors: Tensors) -> None:
-        config |= {"enable_tokenizer_compression": True, "compressed_vocab_size": 3, "pad_id": 1}
-
-    folder = write_adapter(tmp_path / "m", change)
-    fill(folder)
-    convert(ConvertConfig(folder, tmp_path / "package", tokenizer=str(tmp_path / "tokenizer.json")))
-    with open_package(tmp_path / "package") as package:
-        layout = package.layout
-        assert layout.token_map is not None and layout.token_map.tolist() == [0, 0, 1, 2, 4, 5]
-        assert layout.compressed_size == 3 and layout.multipliers[1] == pcg_multipliers(3, 1, 3, 7)
-        ids = np.array([[1, 4, 2, 5, 0]])
-        compressed = layout.token_map[ids]
-        expected = documented_rows(compressed, 3, (2, 3), (200, 400), 4, (1, 3), 0, 7)
-        assert np.array_equal(layout.rows(ids, local=True)[3], expected[3])
-
-
 def test_an_adapter_with_compressed_ids_and_a_lora_says_no_vocabulary(tmp_path: Path) -> None:
     def change(config: dict[str, Any], tensors: Tensors) -> None:
         config |= {"enable_tokenizer_compression": True, "compressed_vocab_size": 321, "engram_dtype": "float16"}
@@ -118,8 +64,8 @@ def test_the_offsets_of_adapters_are_those_of_our_primes(tmp_path: Path) -> None
     """The package's own offsets, which its prime search made, against the constants that `hashing` leads to."""
     found, _ = find_published(write_adapter(tmp_path / "m"))
     layout = Layout.build(
-        dialect="demo", orders=found.orders, heads=found.heads, head_dim=found.head_dim, vocab_size=found.vocab_size,
-        **found.hashing,
+        dialect=found.dialect, orders=found.orders, heads=found.heads, head_dim=found.head_dim,
+        vocab_size=found.vocab_size, **found.hashing,
     )  # fmt: skip
     for layer in (1, 3):
         assert layout.offsets(layer).tolist() == ADAPTER["offsets"][f"{layer}.multi_head_embedding.offsets"]
@@ -251,29 +197,23 @@ def test_the_packages_hash_is_as_documented_on_a_million_tokens(case: int) -> No
     for layer in layers:
         assert rows[layer][0, :3].tolist() == golden["first"][str(layer)]
         assert digest(rows[layer]) == golden["million"][str(layer)]
-    mine = Layout.build(
+    ours = Layout.build(
         dialect="engram-peft", orders=orders, heads=heads, head_dim=4, layers=sorted(layers), pad_id=pad,
         vocab_size=size, rows_per_head=[total // heads for total in totals], seed=seed,
     )  # fmt: skip
-    for way in ("cpp", "reference"):
-        if way == "cpp" and dispatch.name() == "reference":
-            continue  # the C++ kernels are not built
-        with dispatch.force(way):
-            found = mine.rows(ids, local=True)
-        assert all(digest(found[layer]) == golden["million"][str(layer)] for layer in layers)
+    for path in dispatch.available():
+        with dispatch.force(path):
+            found = ours.rows(ids, local=True)
+        assert {str(layer): digest(values) for layer, values in found.items()} == golden["million"], path
     some, history = [], None
     for first in range(0, 500, 7):  # in parts, with what was before carried over
         part = ids[:, first : first + 7]
-        some.append(mine.rows(part, history)[layers[0]])
-        history = mine.history(part, history)
+        some.append(ours.rows(part, history)[layers[0]])
+        history = ours.history(part, history)
     together = np.concatenate(some, axis=1)
-    assert np.array_equal(together, rows[layers[0]][:, : together.shape[1]] + mine.offsets(layers[0]))
-    demo = Layout.build(
-        dialect="demo", orders=orders, heads=heads, head_dim=4, layers=sorted(layers), pad_id=pad, vocab_size=size,
-        rows_per_head=[total // heads for total in totals], seed=seed,
-    )  # fmt: skip
-    ours = demo.rows(ids[:, :1000], local=True)
-    assert all((ours[layer] == rows[layer][:, :1000]).mean() < 0.05 for layer in layers), "no other name of the demo's"
+    assert np.array_equal(together, rows[layers[0]][:, : together.shape[1]] + ours.offsets(layers[0]))
+    demo = replace(ours, dialect="demo").rows(ids[:, :1000], local=True)
+    assert all((demo[layer] == rows[layer][:, :1000]).mean() < 0.05 for layer in layers), "no other name of the demo's"
 
 
 def qwen_ids() -> np.ndarray:

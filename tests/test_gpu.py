@@ -220,14 +220,15 @@ def test_hash_equals_the_reference(gpu: Any, batch: int, length: int, kept: int)
     dead, start, stop = random_flags(random, batch, length, kept)
     multipliers = random.integers(-(1 << 63), 1 << 63, (2, depth))
     primes = random.integers(2, 1 << 33, (2, 2, 3))
-    for mapped in (True, False):
+    for mapped, oldest_first in ((True, False), (False, False), (True, True)):
         constants = gpu.HashConstants.of(
-            multipliers.tolist(), orders, primes.tolist(), fill=fill, vocab_size=200,
-            token_map_V=token_map if mapped else None, device=DEVICE,
+            multipliers.tolist(), orders, primes.tolist(), fill=fill, vocab_size=200, sums=False,
+            oldest_first=oldest_first, token_map_V=token_map if mapped else None, device=DEVICE,
         )  # fmt: skip
         got = gpu.hash_layers(on(ids), on(dead), on(start), on(stop), on(history), constants).cpu().numpy()
         tokens = np.where(ids >= 0, token_map[np.maximum(ids, 0)], ids) if mapped else ids
         back = reference.look_back(tokens, dead, start, stop, history, fill=fill, depth=depth)
+        back = back[..., ::-1] if oldest_first else back
         for layer in range(2):
             local = reference.hash_ngrams(back, multipliers[layer].tolist(), orders, primes[layer].tolist())
             first = np.cumsum([0, *primes[layer].reshape(-1)[:-1]])
@@ -246,8 +247,9 @@ def test_sums_equal_the_reference(gpu: Any, length: int) -> None:
     multipliers[:, np.arange(depth) >= np.repeat(orders, 3)[:, None]] = 0
     primes = random.integers(2, 1 << 33, (2, 3, 3))
     constants = gpu.HashConstants.of(
-        multipliers.reshape(2, -1).tolist(), orders, primes.tolist(), fill=0, vocab_size=200, sums=True, device=DEVICE
-    )
+        multipliers.reshape(2, -1).tolist(), orders, primes.tolist(), fill=0, vocab_size=200, sums=True,
+        oldest_first=False, device=DEVICE,
+    )  # fmt: skip
     got = gpu.hash_layers(on(ids), on(dead), on(start), on(stop), on(history), constants).cpu().numpy()
     back = reference.look_back(ids, dead, start, stop, history, fill=0, depth=depth)
     for layer in range(2):
@@ -256,13 +258,13 @@ def test_sums_equal_the_reference(gpu: Any, length: int) -> None:
         np.testing.assert_array_equal(got[layer], local + np.cumsum([0, *moduli[:-1]]))
 
 
-@pytest.mark.parametrize("dialect", ["demo", "v41", "qwen-ple", "longcat", "identity"])
+@pytest.mark.parametrize("dialect", ["demo", "v41", "engram-peft", "qwen-ple", "longcat", "identity"])
 def test_hash_equals_the_layout_in_chunks(gpu: Any, dialect: str) -> None:
     layout = layout_of(dialect)
     constants = gpu.HashConstants.of(
         [layout.multipliers[n] for n in layout.layers], layout.orders, [layout.primes[n] for n in layout.layers],
         fill=layout._hasher().fill, vocab_size=40, negative_ids=not layout.rules.raw, sums=layout.rules.sums,
-        token_map_V=layout.token_map, device=DEVICE,
+        oldest_first=layout.rules.oldest_first, token_map_V=layout.token_map, device=DEVICE,
     )  # fmt: skip
     ids = np.random.default_rng(3).integers(0 if layout.rules.raw else -1, 40, (2, 23))
     before = layout._beginning(2)
@@ -278,10 +280,11 @@ def test_hash_equals_the_layout_in_chunks(gpu: Any, dialect: str) -> None:
         before = layout.history(part, before)
 
 
+OF_NINE: dict[str, Any] = dict(fill=0, vocab_size=9, sums=False, oldest_first=False, device=DEVICE)
+
+
 def test_hash_refuses_what_it_cannot_hash(gpu: Any) -> None:
-    constants = gpu.HashConstants.of(
-        [[3, 5]], (2,), [[[101]]], fill=0, vocab_size=9, token_map_V=np.arange(9), device=DEVICE
-    )
+    constants = gpu.HashConstants.of([[3, 5]], (2,), [[[101]]], token_map_V=np.arange(9), **OF_NINE)
     ids, flag, flags = on(np.array([[4, 9]])), on(np.zeros((1, 2), bool)), on(np.zeros((1, 3), bool))
     one, out = on(np.zeros((1, 1), dtype=np.int64)), on(np.zeros((1, 1, 2, 1), dtype=np.int64))
     if not NATIVE:
@@ -295,17 +298,17 @@ def test_hash_refuses_what_it_cannot_hash(gpu: Any) -> None:
     with pytest.raises(gpu.KernelError, match=r"stop must be bool \[1, 3\]"):
         gpu.hash_layers(ids, flag, flags, flag, one, constants)
     with pytest.raises(gpu.KernelError, match="multipliers"):
-        gpu.HashConstants.of([[3, 5, 7]], (2,), [[[101]]], fill=0, vocab_size=9, device=DEVICE)
+        gpu.HashConstants.of([[3, 5, 7]], (2,), [[[101]]], **OF_NINE)
     with pytest.raises(gpu.KernelError, match="1 layers, 2 columns and 2 distances"):
-        gpu.HashConstants.of([[3, 5]], (2,), [[[101, 103]]], fill=0, vocab_size=9, sums=True, device=DEVICE)
+        gpu.HashConstants.of([[3, 5]], (2,), [[[101, 103]]], **(OF_NINE | {"sums": True}))
     with pytest.raises(gpu.KernelError, match="the token map has 8 ids, the vocabulary 9"):
-        gpu.HashConstants.of([[3, 5]], (2,), [[[1]]], fill=0, vocab_size=9, token_map_V=np.arange(8), device=DEVICE)
+        gpu.HashConstants.of([[3, 5]], (2,), [[[1]]], token_map_V=np.arange(8), **OF_NINE)
 
 
 @pytest.mark.parametrize("wrong", [9, -1])
 def test_raw_ids_outside_the_vocabulary_are_faults(gpu: Any, wrong: int) -> None:
     """The identity's row is its id: one that has no row must not become another's."""
-    constants = gpu.HashConstants.of([[1]], (1,), [[[9]]], fill=0, vocab_size=9, negative_ids=False, device=DEVICE)
+    constants = gpu.HashConstants.of([[1]], (1,), [[[9]]], negative_ids=False, **OF_NINE)
     ids, flag = on(np.array([[4, wrong]])), on(np.zeros((1, 2), bool))
     nothing, out = on(np.zeros((1, 0), dtype=np.int64)), on(np.zeros((1, 1, 2, 1), dtype=np.int64))
     if not NATIVE:

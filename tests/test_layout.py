@@ -246,7 +246,7 @@ def test_a_table_is_padded_to_the_multiple_that_is_asked_for() -> None:
         assert layout.table_rows[1] == rows
 
 
-@pytest.mark.parametrize("dialect", ["demo", "v41", "qwen-ple", "longcat", "identity"])
+@pytest.mark.parametrize("dialect", ["demo", "v41", "engram-peft", "qwen-ple", "longcat", "identity"])
 def test_left_padding_changes_no_row(dialect: str) -> None:
     layout = layout_of(dialect)
     ids = np.random.default_rng(0).integers(10, 39, size=(1, 9))
@@ -323,6 +323,7 @@ def test_constants_that_contradict_each_other_are_refused(dialect: str, changes:
         ("identity", {"table_rows": {0: 43, 5: 44}}, "layer 0 stores 43 rows, its primes need 44"),
         ("qwen-ple", {"rows_per_head": None, "multipliers": (1, 2, 3), "primes": (5,) * 6}, r"layers \[0, 5\]"),
         ("demo", {"multiple": 0}, "multiple 0 must be at least 1"),
+        ("engram-peft", {"compressed_size": 0}, "compressed_size 0 must be at least 1"),
     ],
 )
 def test_a_layout_that_its_dialect_does_not_have_is_refused(dialect: str, changes: dict[str, Any], words: str) -> None:

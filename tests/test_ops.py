@@ -46,11 +46,12 @@ MODULI = [(1, 50), (4095, 4200), (4096, 1 << 20), (1 << 30, 1 << 48), (1 << 58, 
 
 @pytest.mark.parametrize("path", CPP)
 @pytest.mark.parametrize("moduli", MODULI)
-def test_hash_equals_the_reference(path: str, moduli: tuple[int, int]) -> None:
+@pytest.mark.parametrize("oldest_first", [False, True])
+def test_hash_equals_the_reference(path: str, moduli: tuple[int, int], oldest_first: bool) -> None:
     """Wrapping products, negative mixes, blocked look-backs, every size of modulus, blocks longer than one."""
     rng = np.random.default_rng(moduli[0])
     for length in (0, 1, 2, 5, 255, 256, 257, 700):
-        constants = _constants(rng, *moduli)
+        constants = _constants(rng, *moduli, oldest_first=oldest_first)
         question = _question(rng, 2, length, 3)
         for local in (False, True):
             expected = reference.Hasher(**constants).rows(*question, [1, 0], local)
@@ -67,7 +68,7 @@ def test_sums_equal_the_reference(path: str, moduli: tuple[int, int]) -> None:
     """A multiplier for each column and distance, over all of int64: wrapping, negative sums."""
     rng = np.random.default_rng(moduli[0])
     for length in (0, 1, 2, 5, 255, 256, 257, 1100):
-        constants = _constants(rng, *moduli, sums=True)
+        constants = _constants(rng, *moduli, sums=True, oldest_first=length % 2 == 1)
         columns = 3 * constants["heads"]
         own = rng.integers(-(2**63), 2**63 - 1, (2, columns, 4))
         own[:, np.arange(4) >= np.repeat(constants["orders"], constants["heads"])[:, None]] = 0

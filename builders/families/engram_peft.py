@@ -2,14 +2,16 @@
 
 The tensors are those of a `ModuleDict` by layer, `LAYER.multi_head_embedding…`, F32 unless another dtype was asked for;
 a LoRA may lie beside them. Its engine "deepseek" has the demo's multipliers and primes (each order's size is shared by
-its heads, layers ascend), but another hash. With N the highest order, c the ids, and the pad id before the text, order
-n of layer l at position t is
+its heads, layers ascend), but another hash. With N the highest order, c the ids, and the pad id's before the text,
+order n of layer l at position t is
 
     XOR over k = 0 … n-1 of c[t - N + 1 + k] * m[l, k]    modulo each head's prime.
 
-So the oldest token has the first multiplier, and an order below N ends N - n tokens before t. Where ids are compressed,
-those of added tokens stay raw. Its engine "qwen_ple" hashes as Qwen3.8-Flash-Next does, with constants of its own that
-are the same in every adapter.
+So the oldest token has the first multiplier, and an order below N ends N - n tokens before t: our dialect
+"engram-peft". c are raw ids, or compressed by the demo's rule (`enable_tokenizer_compression`), but only those below
+the tokenizer's `vocab_size`: a token that was added to it keeps its id, and `compressed_vocab_size`, by which the
+multipliers are drawn, does not count it. Its engine "qwen_ple" hashes as Qwen3.8-Flash-Next does, with constants of its
+own that are the same in every adapter.
 """
 
 from __future__ import annotations

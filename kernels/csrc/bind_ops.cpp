@@ -30,7 +30,7 @@ public:
     Hasher(const std::optional<In<int64_t, 1>>& token_map, int64_t vocab_size, bool negative_ids, Numbers orders,
            int64_t heads, const std::vector<Numbers>& multipliers, const std::vector<Numbers>& primes,
            const std::vector<Numbers>& offsets, Numbers dead_ids, bool dead_negative, std::optional<int64_t> reset_id,
-           int64_t fill, bool sums) {
+           int64_t fill, bool sums, bool oldest_first) {
         plan_.orders = std::move(orders);
         plan_.heads = heads;
         plan_.columns = heads * int64_t(plan_.orders.size());
@@ -39,7 +39,7 @@ public:
         plan_.vocab_size = vocab_size, plan_.negative_ids = negative_ids;
         plan_.dead_ids = std::move(dead_ids), plan_.dead_negative = dead_negative;
         plan_.resets = reset_id.has_value(), plan_.reset_id = reset_id.value_or(0), plan_.fill = fill;
-        plan_.sums = sums;
+        plan_.sums = sums, plan_.oldest_first = oldest_first;
         const int64_t wanted = plan_.depth * (sums ? plan_.columns : 1);
         for (size_t l = 0; l < multipliers.size(); ++l) {
             HashLayer layer;
@@ -109,6 +109,7 @@ public:
                               blocked.data(), block, tokens.data());
                 else
                     for (int64_t k = 0; k < plan_.depth; ++k) tokens[size_t(k)] = line.data() + J - k;
+                if (plan_.oldest_first) std::reverse(tokens.begin(), tokens.end());
                 for (size_t l = 0; l < layers.size(); ++l) {
                     const HashLayer& layer = plan_.layers[size_t(layers[l])];
                     work(plan_.orders.data(), int64_t(plan_.orders.size()), plan_.heads, layer.multipliers.data(),
@@ -208,10 +209,11 @@ void bind_ops(nb::module_& m) {
     nb::class_<Hasher>(m, "Hasher")
         .def(nb::init<const std::optional<In<int64_t, 1>>&, int64_t, bool, Numbers, int64_t, const std::vector<Numbers>&,
                       const std::vector<Numbers>&, const std::vector<Numbers>&, Numbers, bool, std::optional<int64_t>,
-                      int64_t, bool>(),
+                      int64_t, bool, bool>(),
              nb::arg("token_map").none(), nb::arg("vocab_size"), nb::arg("negative_ids"), nb::arg("orders"),
              nb::arg("heads"), nb::arg("multipliers"), nb::arg("primes"), nb::arg("offsets"), nb::arg("dead_ids"),
-             nb::arg("dead_negative"), nb::arg("reset_id").none(), nb::arg("fill"), nb::arg("sums"))
+             nb::arg("dead_negative"), nb::arg("reset_id").none(), nb::arg("fill"), nb::arg("sums"),
+             nb::arg("oldest_first"))
         .def("rows", &Hasher::rows, nb::arg().noconvert(), nb::arg().noconvert().none(), nb::arg().noconvert(),
              nb::arg().noconvert(), nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg());
     m.def("scatter_add", &scatter_add, nb::arg().noconvert(), nb::arg().noconvert());

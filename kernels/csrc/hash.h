@@ -26,9 +26,10 @@ struct HashPlan {
     bool resets = false;
     int64_t reset_id = 0, fill = 0;
     bool sums = false;                          // products are added, not combined by XOR
+    bool oldest_first = false;                  // the first multiplier is the oldest token's
 };
 
-// Rows [n, columns] of n positions; tokens[k][i] is the token k places before position i.
+// Rows [n, columns] of n positions; tokens[k][i] is the token k places before position i, or k after the oldest.
 using HashRows = void (*)(const int64_t* orders, int64_t order_count, int64_t heads, const int64_t* multipliers,
                           const int64_t* primes, const int64_t* offsets, const double* inverses, bool divide,
                           const int64_t* const* tokens, int64_t n, int64_t* out);

@@ -41,20 +41,23 @@ def export(
     ] = True,
     backbone: Annotated[
         Optional[Path],
-        typer.Option("--backbone", metavar="FILE.gguf", help="gguf, ds4: the model, copied with our table in it."),
+        typer.Option(
+            "--backbone", metavar="FILE.gguf",
+            help="package: takes the place of the checkpoint's backbone; gguf, ds4: copied with our table in it.",
+        ),
     ] = None,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Write the package that a laptop maps, or converted tables as other engines read them."""
-    if backbone is not None and format not in (Format.gguf, Format.ds4):
+    if backbone is not None and format not in (Format.package, Format.gguf, Format.ds4):
         raise ExportUsageError(f"--backbone {backbone} is of no use to --format {format}", hint="leave it out")
     if not embed_backbone and format != Format.package:
         raise ExportUsageError(f"--reference-backbone is of no use to --format {format}", hint="leave it out")
     if format == Format.package:
         from engram.quantize.package import ExportConfig, export_package
 
-        config = ExportConfig(source, out, embed_backbone=embed_backbone, force=force)
+        config = ExportConfig(source, out, embed_backbone=embed_backbone, force=force, backbone=backbone)
         ui.report(export_package(config, progress.on_screen()), json, title=f"Package in {out}")
         return
     ui.report(_target(format, source, out, backbone, force), json, title=f"{format} in {out}")

@@ -25,6 +25,7 @@ from engram.builders.fetch import hash_file
 from engram.builders.layout import Layout
 from engram.kernels.codecs import find_codec
 from engram.quantize import tables as quantized
+from engram.quantize.attach import attach
 from engram.quantize.entries import entry_bytes, entry_hashes, open_entry
 from engram.quantize.folder import check_target, copy_hashed, is_plain
 from engram.quantize.row_store import write_table
@@ -64,6 +65,7 @@ class ExportConfig:
     out: Path
     embed_backbone: bool = True
     force: bool = False
+    backbone: Path | None = None  # a GGUF in the place of the source's backbone
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,17 @@ def export_package(config: ExportConfig, progress: Progress | None = None) -> di
     """Write a package from a float checkpoint, a quantized one, or another package.
 
     Returns the fields of `engram export --json`. Nothing appears under `out` before all of it is on the disk. Raises
-    PackageError or CheckpointError for a source that is damaged, BackboneError for a backbone that is.
+    PackageError or CheckpointError for a source that is damaged, BackboneError for a backbone that is, AttachError for
+    one that does not fit.
     """
     begin = time.monotonic()
     progress = progress or Progress()
     check_target(config.source, config.out, force=config.force, error=PackageError)
     with open_source(config.source) as (manifest, layout, layers):
+        reference = BackboneRef.from_json(manifest["backbone"])
+        if config.backbone is not None:
+            with progress.task(f"compare {config.backbone.name}"):
+                reference = attach(config.backbone, config.source, manifest, layout)
         if _refused(manifest) or _refused(manifest.get("origin")):
             raise PackageError(
                 f"{config.source} did not pass its quality gate",
@@ -136,7 +143,6 @@ def export_package(config: ExportConfig, progress: Progress | None = None) -> di
                     raise PackageError(f"{config.source} holds no {name}, which a package needs")
                 if name in manifest["sha256"] and manifest["sha256"][name] != small[name]:
                     raise PackageError(f"{config.source / name} changed while it was copied")
-            reference = BackboneRef.from_json(manifest["backbone"])
             place = _embed if config.embed_backbone else _refer
             backbone = reference if tables_only else place(reference, config.source, folder, progress)
             sizes = file_sizes(folder)

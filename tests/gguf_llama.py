@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -15,8 +16,9 @@ LINEAR = {"attn_q": (WIDTH, WIDTH), "attn_k": (WIDTH // 2, WIDTH), "attn_v": (WI
 
 
 def write_gguf(
-    path: Path, *, kind: Types = Types.F32, architecture: str = "llama", vocab: int = VOCAB, blocks: int = BLOCKS
-) -> Path:
+    path: Path, *, kind: Types = Types.F32, architecture: str = "llama", vocab: int = VOCAB, blocks: int = BLOCKS,
+    tokens: Sequence[str] | None = None,
+) -> Path:  # fmt: skip
     """A random Llama of a few blocks, 256 wide, as llama.cpp names its parts."""
     random, writer = np.random.default_rng(8), gguf.GGUFWriter(path, architecture)
     writer.add_context_length(128)
@@ -29,7 +31,7 @@ def write_gguf(
     writer.add_rope_dimension_count(WIDTH // 4)
     writer.add_vocab_size(vocab)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{n}" for n in range(vocab)])
+    writer.add_token_list(tokens or [f"t{n}" for n in range(vocab)])
     writer.add_token_types([1] * vocab)
     writer.add_token_merges(["t 0"])
 

@@ -125,7 +125,7 @@ def test_the_module_gives_the_same_by_both_ways(dialect: str, branches: int) -> 
 def test_keys_and_values_are_projected(
     path: str, biased: bool, dtype: Any, positions: int, memory: int, branches: int, width: int
 ) -> None:
-    """Against float64, weights widened exactly; the gate is held open (a plain one over a large key), so that only the values' sums differ."""
+    """Against float64, weights widened exactly; the gate is a plain one over a large key, so that values tell."""
     rng = np.random.default_rng(width)
     wide = branches * width
     hidden, stored, key, value = (

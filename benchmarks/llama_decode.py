@@ -32,6 +32,7 @@ from engram.runtime import bench_trace
 from engram.runtime.bench_race import ParityError, in_random_order
 from engram.runtime.coldness import make_cold, make_warm
 from engram.runtime.llama import LlamaSlots
+from engram.runtime.llama_hook import library
 from engram.runtime.slots import Feed
 
 CHUNK, CHUNKS, ROUNDS, PREFILL, ROWS = 16, 4, 9, 512, 2_000_000
@@ -71,13 +72,14 @@ class Plain:
     """llama.cpp alone, over the same weights: no callback, no memory."""
 
     def __init__(self, slots: LlamaSlots, threads: int) -> None:
-        self._c, options = slots._c, slots._c.llama_context_default_params()
+        self._c = library()
+        options = self._c.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = slots.context, slots.batch, slots.batch
         options.n_threads = options.n_threads_batch = threads
         options.kv_unified = options.swa_full = options.no_perf = True
-        self._context = self._c.llama_init_from_model(slots._model, options)
+        self._context = self._c.llama_init_from_model(slots._backbone.model, options)
         self._batch, self._length = self._c.llama_batch_init(slots.batch, 0, 1), 0
-        self._out = np.empty(slots.vocab_size, dtype=np.float32)
+        self._out = np.empty(slots._backbone.vocab_size, dtype=np.float32)
 
     def feed(self, ids: list[int]) -> np.ndarray[Any, Any]:
         """Logits after the last of the ids."""

@@ -146,8 +146,7 @@ def _open(config: GatesConfig, context: int, progress: Progress) -> Slots:
         config.package, offload=config.offload, verify=config.verify, table_io=config.table_io, engine=config.engine
     )
     if choose_engine(wish, progress) == "llama":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return open_llama(wish, context=context, threads=cores)
+        return open_llama(wish, context=context)
     return TorchSlots(open_torch(wish), 1)
 
 

@@ -8,14 +8,12 @@ Shape letters: N tokens of a batch, n of a micro-batch, T of one feed, D hidden 
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,12 +23,12 @@ from engram.builders.layout import Layout
 from engram.builders.tokenizer import load_tokenizer, special_tokens
 from engram.kernels import dispatch
 from engram.quantize.package import Package, open_package
-from engram.runtime.llama_gates import LayerGates, Part
+from engram.runtime.llama_backbone import LlamaBackbone, Part
+from engram.runtime.llama_gates import LayerGates
 from engram.runtime.llama_hook import (
     LlamaError,
     Singles,
     check_tensor,
-    library,
     library_version,
     make_filter,
     rows_of,
@@ -115,15 +113,17 @@ class LlamaSlots:
         path = ref.place(package.folder)
         if path is None or path.suffix != ".gguf":
             raise LlamaError(f"the backbone of {package.folder} is no GGUF", hint="run it through torch")
-        self._c = library()
-        self._model = self._load(path)
-        self._layers, self._width = int(self._c.llama_model_n_layer(self._model)), self._embedding()
-        halves = self._bits() <= 16 and dispatch.name() not in _SLOW
+        self._backbone = LlamaBackbone(path)
+        if self._backbone.recurrent:
+            raise LlamaError(f"{path} has a recurrent state, which cannot be rolled back", hint="use torch")
+        self._layers, self._width = self._backbone.blocks, self._backbone.width
+        halves = self._backbone.bits <= 16 and dispatch.name() not in _SLOW
         self.gates = LayerGates(package, self._width, self._layers, halves=halves)
-        self.vocab_size = int(self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self._model)))
-        if self.layout.vocab_size > self.vocab_size:
-            raise LlamaError(f"the layout has {self.layout.vocab_size} token ids, {path} embeds {self.vocab_size}")
-        self.context = min(context, int(self._c.llama_model_n_ctx_train(self._model)))
+        if self.layout.vocab_size > self._backbone.vocab_size:
+            raise LlamaError(
+                f"the layout has {self.layout.vocab_size} token ids, {path} embeds {self._backbone.vocab_size}"
+            )
+        self.context = min(context, self._backbone.trained_context)
         self._names = [_EMBEDDED, *(self._node(layer) for layer in self.layout.layers)]
         mine = weakref.ref(self)  # no circle through C++, which the garbage collector does not see
 
@@ -132,12 +132,13 @@ class LlamaSlots:
                 owner._hit(number, address, rows)
 
         self._filter = make_filter(self._names, self._width, hit)
-        self._context = self._new_context(threads, micro_batch)
-        self._batch = self._c.llama_batch_init(self.batch, 0, 1)
+        self._backbone.start(
+            positions=self.context, count=count, batch=batch, micro_batch=micro_batch, threads=threads,
+            wanted=self._filter,
+        )  # fmt: skip
         self._call: _Call | None = None
         self._asked: tuple[list[int], list[Part], Ticket] | None = None
         self._checked = False
-        self._kept: list[tuple[Tensor, int]] = []  # logits of a step's feeds, and their address
         self.slots = [Slot(self.context) for _ in range(count)]
         self.tokenizer = load_tokenizer(package.folder)
         self.special = special_tokens(package.folder)
@@ -158,43 +159,12 @@ class LlamaSlots:
 
     # What is loaded
 
-    def _load(self, path: Path) -> Any:
-        options = self._c.llama_model_default_params()
-        options.n_gpu_layers = 0
-        model = self._c.llama_model_load_from_file(str(path).encode(), options)
-        if not model:
-            raise LlamaError(f"llama.cpp cannot load {path}", hint="is it whole, of an architecture that it knows?")
-        for kind in ("recurrent", "hybrid"):
-            if getattr(self._c, f"llama_model_is_{kind}")(model):
-                raise LlamaError(f"{path} is a {kind} model, whose state cannot be rolled back", hint="use torch")
-        return model
-
-    def _embedding(self) -> int:
-        return int(self._c.llama_model_n_embd(self._model))
-
-    def _bits(self) -> float:
-        """Bits a weight of the backbone, in the mean."""
-        return 8 * float(self._c.llama_model_size(self._model)) / float(self._c.llama_model_n_params(self._model))
-
     def _node(self, layer: int) -> str:
         """Name of the node whose values enter block `layer`, or that the head reads."""
         if layer == 0:
             raise LlamaError("a memory before the first block has no node of its own in llama.cpp",
                              hint="run it through torch: --engine torch")  # fmt: skip
         return "result_norm" if layer == self._layers else f"l_out-{layer - 1}"
-
-    def _new_context(self, threads: int | None, micro_batch: int) -> Any:
-        options = self._c.llama_context_default_params()
-        options.n_ctx, options.n_seq_max = self.context * self.count, self.count
-        options.n_batch, options.n_ubatch = self.batch, min(micro_batch, self.batch)
-        options.kv_unified, options.swa_full, options.no_perf = True, True, True
-        if threads is not None:
-            options.n_threads = options.n_threads_batch = threads
-        options.cb_eval, options.cb_eval_user_data = self._filter.callback, self._filter.user_data
-        made = self._c.llama_init_from_model(self._model, options)
-        if not made:
-            raise LlamaError(f"llama.cpp makes no context of {options.n_ctx} positions", hint="ask for fewer")
-        return made
 
     def _check(self) -> None:
         """Two tokens through the graph: every node is there once, of the shape expected; then they are forgotten."""
@@ -239,8 +209,7 @@ class LlamaSlots:
         """Forget every position of a slot from `length` on."""
         if length == self.length(slot):
             return
-        memory = self._c.llama_get_memory(self._context)
-        if not self._c.llama_memory_seq_rm(memory, slot, length, -1):
+        if not self._backbone.cut(slot, length):
             raise LlamaError(f"llama.cpp cannot roll a timeline back to position {length}", hint="start a new one")
         self.slots[slot].length = length
 
@@ -271,7 +240,7 @@ class LlamaSlots:
                 )
         if sum(len(feed.ids) for feed in feeds) <= self.batch:
             self._decode(feeds, list(range(len(feeds))))
-            return [self._kept[place][0] for place in range(len(feeds))]
+            return self._backbone.kept(len(feeds))
         waiting = [(place, feed.slot, list(feed.ids)) for place, feed in enumerate(feeds)]
         while waiting:
             room, now, later = self.batch, [], []
@@ -284,7 +253,7 @@ class LlamaSlots:
                     later.append((place, slot, ids[len(taken) :]))
             self._decode([feed for _, feed, _ in now], [place if last else None for place, _, last in now])
             waiting = later
-        return [self._kept[place][0] for place in range(len(feeds))]
+        return self._backbone.kept(len(feeds))
 
     def _decode(self, feeds: Sequence[Feed], wanted: Sequence[int | None]) -> None:
         """One llama_decode; logits after the last token of a feed are kept at the place wanted, if any."""
@@ -300,12 +269,12 @@ class LlamaSlots:
         else:
             ticket = self.reader.ask(self._rows(feeds))
         self._asked = None
-        self._fill(ids, parts, outputs)
+        self._backbone.fill(ids, parts, outputs)
         self._call = call = _Call(ids, parts, outputs, ticket)
         self._filter.expect(call.ids)
         inputs = self._arm(call) if len(outputs) == len(ids) <= FEW and self.watch is None else {}
         try:
-            code = self._c.llama_decode(self._context, self._batch)
+            code = self._backbone.decode()
         finally:
             self._call = None
         wrong = self._filter.take_error()
@@ -323,7 +292,7 @@ class LlamaSlots:
         for layer, inputs_BTX in inputs.items():
             self.gates.keep(layer, parts, inputs_BTX, self.slots)
         for row, place in zip(outputs, (place for place in wanted if place is not None), strict=True):
-            self._keep_logits(row, place)
+            self._backbone.keep_logits(row, place)
 
     def _arm(self, call: _Call) -> dict[int, Singles]:
         """A step of one position a slot: where rows need not be waited for, the gates are set off beforehand.
@@ -341,9 +310,8 @@ class LlamaSlots:
 
     def _restore(self, parts: Sequence[Part]) -> None:
         """Take back what a failed decode left in the cache."""
-        memory = self._c.llama_get_memory(self._context)
         for part in parts:
-            self._c.llama_memory_seq_rm(memory, part.slot, part.position, -1)
+            self._backbone.cut(part.slot, part.position)
 
     def _complete(self, call: _Call) -> None:
         """Refuse a graph in which a node was not computed for every row: garbage would follow."""
@@ -359,29 +327,6 @@ class LlamaSlots:
                     f"llama.cpp computed node {name} for {found} of {whole} rows: the graph of this architecture is "
                     "not the one expected", hint="run it through torch: --engine torch",
                 )  # fmt: skip
-
-    def _fill(self, ids: list[int], parts: list[Part], outputs: list[int]) -> None:
-        """Write the batch that llama_decode reads."""
-        batch = self._batch
-        batch.n_tokens = len(ids)
-        token, pos, seq_id, n_seq_id, logits = batch.token, batch.pos, batch.seq_id, batch.n_seq_id, batch.logits
-        for slot, first, count, position in parts:
-            for i in range(count):
-                place = first + i
-                token[place], pos[place], n_seq_id[place], logits[place] = ids[place], position + i, 1, 0
-                seq_id[place][0] = slot
-        for place in outputs:
-            logits[place] = 1
-
-    def _keep_logits(self, row: int, place: int) -> None:
-        """Copy the logits of a row of the batch: llama.cpp's own memory holds those of its last decode only."""
-        found = self._c.llama_get_logits_ith(self._context, row)
-        if not found:
-            raise LlamaError(f"llama.cpp has no logits of row {row}")
-        while len(self._kept) <= place:
-            made = torch.empty(self.vocab_size)
-            self._kept.append((made, made.data_ptr()))
-        ctypes.memmove(self._kept[place][1], found, 4 * self.vocab_size)
 
     # Hooks
 
@@ -417,9 +362,5 @@ class LlamaSlots:
 
     def close(self) -> None:
         """Free the context and the model, and let go of the tables."""
-        if self._context is not None:
-            self._c.llama_batch_free(self._batch)
-            self._c.llama_free(self._context)
-            self._c.llama_model_free(self._model)
-            self._context = self._model = None
+        self._backbone.close()
         self.reader.close()

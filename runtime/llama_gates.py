@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,17 +16,9 @@ from numpy.typing import NDArray
 
 from engram.builders.engram import FEW, Gate, GateConfig
 from engram.quantize.package import Package
+from engram.runtime.llama_backbone import Part
 from engram.runtime.llama_hook import Filter, LlamaError, Singles
 from engram.runtime.slots import Watch
-
-
-class Part(NamedTuple):
-    """Consecutive rows that continue one slot: those from `first` on, at `position` of its timeline."""
-
-    slot: int
-    first: int
-    rows: int
-    position: int
 
 
 class HasInputs(Protocol):

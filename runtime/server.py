@@ -6,7 +6,6 @@ import asyncio
 import base64
 import hashlib
 import ipaddress
-import os
 import re
 import signal
 import socket
@@ -301,8 +300,7 @@ def open_slots(config: ServeConfig, progress: Progress) -> Slots:
         verify=config.verify, table_io=config.table_io, engine=config.engine,
     )  # fmt: skip
     if choose_engine(wish, progress) == "llama":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return open_llama(wish, count=config.slots, context=config.context, threads=cores)
+        return open_llama(wish, count=config.slots, context=config.context)
     return TorchSlots(open_torch(wish), config.slots, config.context)
 
 

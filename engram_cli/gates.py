@@ -12,6 +12,7 @@ import typer
 
 from engram.cli import options, progress, ui
 from engram.cli.run import Engine
+from engram.cli.threads import share_processors
 
 
 class Scale(StrEnum):
@@ -47,6 +48,7 @@ def gates(
     """Colour a text by how far the gates open: on the terminal, as a page, as a picture."""
     if (text is None) == (text_file is None):
         raise typer.BadParameter("give either --text or --text-file")
+    share_processors(package)
     from engram.runtime.gates import MOST_BYTES, GatesConfig
     from engram.runtime.gates import gates as work
 

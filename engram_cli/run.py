@@ -11,6 +11,7 @@ import typer
 
 from engram.cli import options, progress, ui
 from engram.cli.sizes import parse_size, show_bytes
+from engram.cli.threads import share_processors
 
 if TYPE_CHECKING:
     from engram.runtime.generate import RunConfig
@@ -25,7 +26,9 @@ class Engine(StrEnum):
 
 
 def run(
-    package: Annotated[Path, typer.Argument(metavar="PACKAGE", help="A package folder.")],
+    package: Annotated[
+        Path, typer.Argument(metavar="PACKAGE", help="A package folder, or a GGUF with a memory of its own.")
+    ],
     prompt: Annotated[
         Optional[str], typer.Option("--prompt", metavar="TEXT", help="Text to go on from; - reads stdin.")
     ] = None,
@@ -48,6 +51,7 @@ def run(
     json: options.Json = False,
 ) -> None:
     """Write on from a prompt, or chat when there is none."""
+    share_processors(package)
     from engram.runtime.generate import RunConfig
     from engram.runtime.generate import run as work
 

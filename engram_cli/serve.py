@@ -10,6 +10,7 @@ import typer
 from engram.cli import options, progress, ui
 from engram.cli.run import Engine
 from engram.cli.sizes import parse_size
+from engram.cli.threads import share_processors
 
 
 def serve(
@@ -46,6 +47,7 @@ def serve(
     ] = Engine.auto,
 ) -> None:
     """Serve a package: OpenAI's interface at /v1, a page at /, until Ctrl-C."""
+    share_processors(package)
     from engram.runtime.server import ServeConfig
     from engram.runtime.server import serve as work
 

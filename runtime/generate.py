@@ -18,6 +18,7 @@ from engram.quantize.package import open_package
 from engram.runtime.engine import EngineError, Model, Session, check_table_io, probabilities
 from engram.runtime.llama import LlamaSlots
 from engram.runtime.llama_hook import LlamaError, library
+from engram.runtime.llama_native import NativeSlots
 from engram.runtime.slots import OneSlot
 
 ENGINES = ("auto", "torch", "llama")
@@ -111,7 +112,7 @@ def render_chat(tokenizer: Any, special: dict[str, Any], messages: list[dict[str
 class Conversation:
     """A model and one session: single prompts, or turns of a chat that reuse what they share."""
 
-    def __init__(self, model: Model | LlamaSlots, config: RunConfig) -> None:
+    def __init__(self, model: Model | LlamaSlots | NativeSlots, config: RunConfig) -> None:
         self.model, self.config = model, config
         self.session: Session | OneSlot = model.session()
         self._messages: list[dict[str, str]] = []
@@ -170,6 +171,9 @@ def open_session(config: RunConfig, progress: Progress | None = None) -> Convers
     An engine that was asked for by name and cannot be had is an error; where llama.cpp cannot be had, that is said.
     """
     progress = progress or Progress()
+    if config.package.suffix == ".gguf" and config.package.is_file():
+        with progress.task(f"open {config.package.name}"):
+            return Conversation(open_native(config), config)
     engine = choose_engine(config, progress)
     with progress.task(f"open {config.package.name}"):
         if engine == "llama":
@@ -213,6 +217,17 @@ def open_llama(config: RunConfig, **options: int) -> LlamaSlots:
         config.package, offload=config.offload, cache_bytes=config.table_cache, verify=config.verify,
         table_io=config.table_io, **options,
     )  # fmt: skip
+
+
+def open_native(config: RunConfig) -> NativeSlots:
+    """A GGUF with a memory of its own through llama.cpp. EngineError for settings that are for packages."""
+    if config.engine == "torch" or config.dtype is not None:
+        raise EngineError(f"{config.package} is a GGUF by itself, which llama.cpp alone runs",
+                          hint="leave --engine out")  # fmt: skip
+    if config.offload != "disk" or config.table_cache is not None or config.table_io != "auto":
+        raise EngineError(f"the table in {config.package} is read by llama.cpp itself, row by row from the disk",
+                          hint="leave --offload, --table-cache and --table-io out")  # fmt: skip
+    return NativeSlots(config.package)
 
 
 def run(config: RunConfig, on_text: Callable[[str], None], progress: Progress | None = None) -> dict[str, Any]:

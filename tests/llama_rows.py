@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 import llama_cpp
 import numpy as np
+from tokenizers import pre_tokenizers
 
 from engram.builders.layout import Layout
 
@@ -28,8 +29,12 @@ def has_qwen4exp() -> bool:
     return b"qwen4exp" in Path(llama_cpp.llama_cpp._lib._name).read_bytes()
 
 
-def write_model(path: Path, layout: Layout) -> None:
-    """Weights of zeros and a table of row numbers for the one layer (block 0) of a qwen-ple layout."""
+def write_model(path: Path, layout: Layout, *, seed: int | None = None) -> None:
+    """Weights of zeros and a table of row numbers for the one layer (block 0) of a qwen-ple layout.
+
+    With a seed: random weights and rows, and a tokenizer of single letters, so that it writes text.
+    """
+    draw = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "qwen4exp")
     layer, wide = layout.layers[0], STREAMS * WIDTH
     numbers = {
@@ -55,19 +60,36 @@ def write_model(path: Path, layout: Layout) -> None:
         writer.add_key_value(
             f"qwen4exp.ple.{name}", list(values), gguf.GGUFValueType.ARRAY, sub_type=gguf.GGUFValueType.UINT64
         )
-    writer.add_tokenizer_model("none")
+    if seed is None:
+        writer.add_tokenizer_model("none")
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: layout.vocab_size - 1]
+        writer.add_token_list([*letters, letters[0] + letters[1]])
+        writer.add_token_types([1] * layout.vocab_size)
+        writer.add_token_merges([f"{letters[0]} {letters[1]}"])
 
     def zeros(name: str, *shape: int) -> None:
-        writer.add_tensor(name, np.zeros(shape, dtype=np.float32))
+        values = np.zeros(shape, dtype=np.float32)
+        if seed is not None:
+            norm = "norm" in name
+            values = (norm + draw.normal(size=shape) * (0.1 if norm else 0.05)).astype(np.float32)
+        writer.add_tensor(name, values)
 
     for name in ("token_embd.weight", "output.weight"):
         blocks = np.zeros((layout.vocab_size, WIDTH // 32 * 18), dtype=np.uint8)
+        if seed is not None:
+            values = draw.normal(size=(layout.vocab_size, WIDTH)).astype(np.float32)
+            blocks = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q4_0)
         writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
     zeros("output_hc_norm.weight", wide)
     zeros("output_hc_down.weight", LOW, wide)
     zeros("output_hc_up.weight", wide, LOW)
     rows = np.zeros((layout.table_rows[layer], layout.head_dim), dtype=np.float32)
     rows[:, 0] = np.arange(len(rows))
+    if seed is not None:
+        rows = draw.normal(size=rows.shape).astype(np.float32)
     writer.add_tensor("per_layer_token_embd.weight", rows)
     for block in range(BLOCKS):
         for name, shape in _block(block, wide).items():

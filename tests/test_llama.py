@@ -24,7 +24,7 @@ from engram.builders.checkpoint import save_checkpoint  # noqa: E402
 from engram.builders.engram import Gate, GateConfig  # noqa: E402
 from engram.builders.layout import Layout  # noqa: E402
 from engram.quantize.package import ExportConfig, export_package  # noqa: E402
-from engram.runtime import generate, llama, llama_hook  # noqa: E402
+from engram.runtime import generate, llama, llama_backbone, llama_hook  # noqa: E402
 from engram.runtime.engine import EngineError, Model  # noqa: E402
 from engram.runtime.generate import RunConfig, open_session, run  # noqa: E402
 from engram.runtime.llama import LlamaSlots  # noqa: E402
@@ -316,7 +316,7 @@ def test_run_takes_llama_cpp_for_a_gguf_and_torch_when_told(made: Path, monkeypa
         raise LlamaError("it is not here")
 
     monkeypatch.setattr(generate, "library", missing)
-    monkeypatch.setattr(llama, "library", missing)
+    monkeypatch.setattr(llama_backbone, "library", missing)
     from float_tables import Recorder
 
     recorder = Recorder()

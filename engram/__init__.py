@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 
 class EngramError(Exception):

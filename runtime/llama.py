@@ -219,7 +219,7 @@ class LlamaSlots:
         for feed in feeds:
             parts.append(Part(feed.slot, len(ids), len(feed.ids), self.slots[feed.slot].length))
             ids += feed.ids
-        if len(ids) <= self.batch:
+        if len(ids) <= self.batch and all(part.position + part.rows <= self.context for part in parts):
             self._asked = ids, parts, self.reader.ask(self._rows(feeds))
 
     def _rows(self, feeds: Sequence[Feed]) -> dict[int, NDArray[np.int64]]:
@@ -289,15 +289,16 @@ class LlamaSlots:
             raise
         for feed in feeds:
             self.slots[feed.slot].grow(feed.ids)
-        for layer, inputs_BTX in inputs.items():
-            self.gates.keep(layer, parts, inputs_BTX, self.slots)
+        for place, inputs_BTX in inputs.items():
+            if self._filter.handled(place):  # else the node came in several micro-batches, and `_hit` kept them
+                self.gates.keep(self.layout.layers[place - 1], parts, inputs_BTX, self.slots)
         for row, place in zip(outputs, (place for place in wanted if place is not None), strict=True):
             self._backbone.keep_logits(row, place)
 
     def _arm(self, call: _Call) -> dict[int, Singles]:
         """A step of one position a slot: where rows need not be waited for, the gates are set off beforehand.
 
-        Returns where the inputs of convolutions will be, by layer.
+        Returns where the inputs of convolutions will be, by place of the node.
         """
         found = {}
         for place, layer in enumerate(self.layout.layers, 1):
@@ -305,7 +306,7 @@ class LlamaSlots:
                 memory_nE = self.reader.take(call.ticket, layer)[0]
                 inputs = self.gates.arm(layer, call.parts, memory_nE, self.slots, place, self._filter)
                 if inputs is not None:
-                    found[layer] = inputs
+                    found[place] = inputs
         return found
 
     def _restore(self, parts: Sequence[Part]) -> None:

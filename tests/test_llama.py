@@ -206,6 +206,16 @@ def test_gates_set_off_beforehand_are_those_of_the_hook(
     assert len(hits) == 2  # of the prompts, in two layers
 
 
+def test_slots_that_come_in_several_micro_batches(opened: Any) -> None:
+    """What was set off for all rows at once does not come: the hook does it, and keeps what the convolution reads."""
+    one, cut = opened(count=3), opened(count=3, micro_batch=2)
+    for n in range(10):
+        feeds = [Feed(slot, [TOKENS[slot * 10 + n]]) for slot in (2, 0, 1)]
+        expected = [logits.clone() for logits in one.step(feeds)]
+        for ours, theirs in zip(cut.step(feeds), expected, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-3), n
+
+
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 8}, {"batch": 16, "micro_batch": 8}, {"batch": 7}])
 def test_prefill_in_any_batches_is_decoding(opened: Any, options: dict[str, int]) -> None:
     """Within float32's order of sums: 1e-3 of logits that reach 10."""
@@ -298,6 +308,7 @@ def test_feeds_that_do_not_fit_are_refused(opened: Any) -> None:
         with pytest.raises(LlamaError, match=words):
             slots.step([feed])
     assert slots.length(0) == 0
+    slots.ask([Feed(0, TOKENS * 4)])  # a hint that cannot be followed is none
 
 
 def test_run_takes_llama_cpp_for_a_gguf_and_torch_when_told(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, r
 if importlib.util.find_spec("gguf") is None:
     pytest.skip("needs gguf", allow_module_level=True)
 
+from gguf import GGMLQuantizationType  # noqa: E402
 from gguf_llama import VOCAB, WIDTH, write_gguf  # noqa: E402
 
 from engram.builders.backbone import BackboneRef  # noqa: E402
@@ -28,6 +29,7 @@ from engram.runtime import generate, llama, llama_backbone, llama_hook  # noqa: 
 from engram.runtime.engine import EngineError, Model  # noqa: E402
 from engram.runtime.generate import RunConfig, open_session, run  # noqa: E402
 from engram.runtime.llama import LlamaSlots  # noqa: E402
+from engram.runtime.llama_backbone import Part  # noqa: E402
 from engram.runtime.llama_hook import CFilter, LlamaError, PythonFilter  # noqa: E402
 from engram.runtime.slots import Feed  # noqa: E402
 
@@ -36,8 +38,9 @@ TOKENS = np.random.default_rng(5).integers(0, VOCAB, 60).tolist()
 
 
 def package(
-    folder: Path, *, strength: float = 0.5, last_conv: bool = False, layers: tuple[int, ...] = (1, 2), blocks: int = 2
-) -> Path:
+    folder: Path, *, strength: float = 0.5, last_conv: bool = False, layers: tuple[int, ...] = (1, 2), blocks: int = 2,
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+) -> Path:  # fmt: skip
     """A random Llama of two blocks, memories before its second block (with a convolution) and at its end."""
     folder.mkdir()
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -46,7 +49,7 @@ def package(
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     (folder / "tokenizer").mkdir()
     tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
-    path = write_gguf(folder / "model.gguf", blocks=blocks)
+    path = write_gguf(folder / "model.gguf", blocks=blocks, kind=kind)
     layout = Layout.build(
         dialect="demo", orders=(2, 3), heads=2, head_dim=8, layers=layers, rows_per_head=300, pad_id=2,
         vocab_size=VOCAB, token_map=np.arange(VOCAB) // 2,
@@ -103,20 +106,23 @@ def logits_of(slots: LlamaSlots, ids: list[int], slot: int = 0) -> Tensor:
 
 
 def plain_logits(folder: Path, ids: list[int], control: tuple[int, Any] | None = None) -> Tensor:
-    """llama.cpp's own, without a callback, token by token; with what its control vector adds after a block."""
+    """llama.cpp's own, without a callback, token by token; with what its control vector adds after a block.
+
+    `control` is the block and a vector, or a vector for each token.
+    """
     c = llama_hook.library()
     path = str(folder / "backbone" / "model.gguf").encode()
     model = c.llama_model_load_from_file(path, c.llama_model_default_params())
     options = c.llama_context_default_params()
     options.n_ctx, options.n_threads, options.n_threads_batch, options.kv_unified = 128, 1, 1, True
     context, out = c.llama_init_from_model(model, options), []
-    if control is not None:
-        block, delta = control
-        every = np.zeros((c.llama_model_n_layer(model) - 1, WIDTH), dtype=np.float32)  # from block 1 on
-        every[block - 1] = delta
-        data = every.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        assert c.llama_set_adapter_cvec(context, data, every.size, WIDTH, block, block) == 0
     for position, token in enumerate(ids):
+        if control is not None:
+            block, delta = control
+            every = np.zeros((c.llama_model_n_layer(model) - 1, WIDTH), dtype=np.float32)  # from block 1 on
+            every[block - 1] = delta if delta.ndim == 1 else delta[position]
+            data = every.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            assert c.llama_set_adapter_cvec(context, data, every.size, WIDTH, block, block) == 0
         batch = c.llama_batch_init(1, 0, 1)
         batch.n_tokens, batch.token[0], batch.pos[0], batch.n_seq_id[0], batch.seq_id[0][0] = 1, token, position, 1, 0
         batch.logits[0] = True
@@ -143,15 +149,16 @@ def test_a_memory_that_adds_nothing_leaves_llama_cpp_as_it_is(silent: Path, open
     assert torch.equal(logits_of(opened(silent), TOKENS[:12]), plain_logits(silent, TOKENS[:12]))
 
 
-def test_a_constant_is_llama_cpps_own_control_vector(
-    tmp_path: Path, opened: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("shape", [(WIDTH,), (10, WIDTH)], ids=["constant", "of each token"])
+def test_what_is_added_is_llama_cpps_own_control_vector(
+    tmp_path: Path, opened: Any, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
 ) -> None:
     """What is written before block 2 is what llama.cpp itself adds after block 1, bit for bit."""
     folder = package(tmp_path / "three", layers=(2,), blocks=3)
-    delta = np.random.default_rng(4).normal(size=WIDTH).astype(np.float32)
+    delta = np.random.default_rng(4).normal(size=shape).astype(np.float32)
 
     def add(self: Any, layer: int, parts: Any, stream_nD: Any, *_: Any) -> None:
-        stream_nD += delta
+        stream_nD += delta if delta.ndim == 1 else delta[parts[0].position]
 
     monkeypatch.setattr("engram.runtime.llama_gates.LayerGates.add", add)
     monkeypatch.setattr(LlamaSlots, "_arm", lambda *_: {})
@@ -204,6 +211,29 @@ def test_gates_set_off_beforehand_are_those_of_the_hook(
     found = three(slots)
     assert torch.equal(found, expected)
     assert len(hits) == 2  # of the prompts, in two layers
+
+
+def test_gates_are_halves_beside_a_backbone_of_few_bits(
+    tmp_path: Path, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said; what a gate adds moves by float16's rounding; weights beyond float16 stay as they are."""
+    few = GGMLQuantizationType.Q8_0
+    slots = opened(package(tmp_path / "q8", kind=few))
+    if not slots.gates.halves:
+        pytest.skip("this processor widens halves one by one")
+    assert slots.engine.endswith("gates in float16")
+    assert opened(package(tmp_path / "large", kind=few, strength=1e7)).engine.endswith("gates in float32")
+    monkeypatch.setattr("engram.runtime.llama_backbone.LlamaBackbone.bits", 32.0)
+    whole = opened(tmp_path / "q8" / "package")
+    assert whole.engine.endswith("gates in float32")
+    stream, memory = torch.randn(3, WIDTH).numpy(), torch.randn(3, slots.layout.memory_width).numpy()
+    added = []
+    for one in (slots, whole):
+        rows = stream.copy()
+        one.gates.add(2, [Part(0, 0, 3, 0)], rows, memory, one.slots)
+        added.append(rows - stream)
+    moved, size = np.abs(added[0] - added[1]).max(), np.abs(added[1]).max()
+    assert 0 < moved < 2e-3 * size
 
 
 def test_slots_that_come_in_several_micro_batches(opened: Any) -> None:

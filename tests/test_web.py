@@ -99,7 +99,7 @@ def test_every_field_has_a_label_and_ids_are_unique() -> None:
 def test_a_chat_in_the_browser(running: Running) -> None:
     with Page() as page:
         page.open(f"http://127.0.0.1:{running.port}/")
-        assert page.js("document.activeElement.id") == "message"
+        page.wait("document.activeElement.id === 'message'")
         say(page, "The memory of a model <b>is</b>")
         said(page)
         assert page.js("document.querySelector('.user .text').textContent") == "The memory of a model <b>is</b>"

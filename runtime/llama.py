@@ -34,7 +34,7 @@ from engram.runtime.llama_hook import (
     rows_of,
 )
 from engram.runtime.reader import RowReader, Ticket
-from engram.runtime.slots import Feed, OneSlot, Watch
+from engram.runtime.slots import Feed, OneSlot, Watch, Words
 
 BATCH = 512  # tokens of one llama_decode
 _SLOW = ("reference", "cpp-baseline")  # paths that widen halves one by one
@@ -95,7 +95,7 @@ class _Call:
         return found
 
 
-class LlamaSlots:
+class LlamaSlots(Words):
     """A package with a GGUF backbone, opened: `count` timelines over it. One thread at a time may call it."""
 
     def __init__(
@@ -184,15 +184,6 @@ class LlamaSlots:
     def session(self) -> OneSlot:
         """The first slot, as generation sees it."""
         return OneSlot(self)
-
-    def begin(self) -> list[int]:
-        return [int(self.special["bos_id"])] if self.special.get("add_bos") else []
-
-    def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def stop_ids(self) -> frozenset[int]:
-        return frozenset(self.special.get("eos_ids") or [])
 
     def length(self, slot: int) -> int:
         return self.slots[slot].length

@@ -14,7 +14,7 @@ from engram.builders.gguf_header import read_metadata, read_places
 from engram.builders.tokenizer import load_tokenizer, special_tokens
 from engram.runtime.llama_backbone import LlamaBackbone, Part
 from engram.runtime.llama_hook import LlamaError, library_version
-from engram.runtime.slots import Feed, OneSlot, Watch
+from engram.runtime.slots import Feed, OneSlot, Watch, Words
 
 ARCHITECTURES = ("qwen4exp",)  # general.architecture of models whose memory llama.cpp computes
 TABLE = "per_layer_token_embd.weight"
@@ -40,7 +40,7 @@ class OwnTable:
         """Not known."""
 
 
-class NativeSlots:
+class NativeSlots(Words):
     """One timeline over such a model. One thread at a time may call it."""
 
     def __init__(
@@ -72,15 +72,6 @@ class NativeSlots:
     def session(self) -> OneSlot:
         """The timeline, as generation sees it."""
         return OneSlot(self)
-
-    def begin(self) -> list[int]:
-        return [int(self.special["bos_id"])] if self.special.get("add_bos") else []
-
-    def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def stop_ids(self) -> frozenset[int]:
-        return frozenset(self.special.get("eos_ids") or [])
 
     def length(self, slot: int) -> int:
         return len(self._ids)

@@ -59,6 +59,25 @@ class Slots(Protocol):
         """Let go of model and tables."""
 
 
+class Words:
+    """What a slots' tokenizer says of texts."""
+
+    tokenizer: Any
+    special: dict[str, Any]
+
+    def begin(self) -> list[int]:
+        """What a text begins with: bos where the tokenizer asks for one."""
+        return [int(self.special["bos_id"])] if self.special.get("add_bos") else []
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens added."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a text."""
+        return frozenset(self.special.get("eos_ids") or [])
+
+
 class OneSlot:
     """A slot as generation sees a session: one mutable timeline of tokens."""
 
